@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+// Driver of gemm_u4g: cuts the work into row chunks and thread shares and keeps the scratch memory.
+#include "gemm_u4g.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+
+#include "gemm_u4g_isa.h"
+
+namespace turbo::cpu {
+namespace {
+
+/// Grow-only memory of one thread. 64-byte aligned, freed with the thread.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  void* ensure(size_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = 0;
+      bytes = (bytes + 63) / 64 * 64;
+      data_ = std::aligned_alloc(64, bytes);
+      if (!data_) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return data_;
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+thread_local Scratch prepared_scratch;  // of the calling thread: units and sums of one row chunk
+thread_local Scratch work_scratch;      // of a worker: one Work
+
+const GemmU4gIsa& kernels(Isa isa, DType dtype) {
+  if (isa == Isa::avx2) return gemm_u4g_avx2(dtype);
+  if (isa == Isa::avx512 || dtype == DType::f32) return gemm_u4g_avx512(dtype);
+  return gemm_u4g_avx512bf16(dtype);
+}
+
+/// Below this many units the preparation of x costs less than waking the other threads.
+constexpr int64_t kParallelUnits = 1 << 15;
+
+PreparedX prepare(const GemmU4g& args, const GemmU4gIsa& isa, const Parallel& parallel) {
+  const LayoutU4g& l = args.layout;
+  const bool convert = !isa.reads_in_place || l.k % kDwordK != 0;
+  const int64_t row_units = l.k8() * isa.units_per_k8;
+  const int64_t units = convert ? args.rows * row_units : 0;
+  const int64_t sums = args.zero ? args.rows * l.groups : 0;
+  PreparedX x{static_cast<const char*>(args.x), args.x_stride * dtype_size(args.dtype), nullptr};
+  if (units + sums == 0) return x;
+
+  auto* memory = static_cast<uint32_t*>(prepared_scratch.ensure((units + sums) * sizeof(uint32_t)));
+  if (convert) x = {reinterpret_cast<const char*>(memory), row_units * 4, nullptr};
+  if (args.zero) x.sums = reinterpret_cast<const float*>(memory + units);
+
+  const bool serial = args.rows * row_units < kParallelUnits;
+  const int64_t tasks = serial ? 1 : std::min(args.rows, parallel.threads);
+  const auto body = [&](int64_t task) {
+    const Range rows = part(args.rows, tasks, task);
+    if (convert) isa.prepare(args, rows.begin, rows.end, x);
+    if (args.zero) isa.sum(args, rows.begin, rows.end, x);
+  };
+  if (serial)
+    body(0);
+  else
+    parallel(tasks, body);
+  return x;
+}
+
+void gemm_chunk(const GemmU4g& args, const GemmU4gIsa& isa, const Parallel& parallel) {
+  const PreparedX x = prepare(args, isa, parallel);
+  const int64_t tiles = args.layout.tiles();
+  // Threads share out channels, so that each reads its own weights once. Only where there are more
+  // threads than tiles are rows cut too.
+  const int64_t by_tile = std::min(tiles, parallel.threads);
+  const int64_t by_row = std::clamp<int64_t>(parallel.threads / by_tile, 1, args.rows);
+  parallel(by_tile * by_row, [&](int64_t task) {
+    const Range tile = part(tiles, by_tile, task % by_tile);
+    const Range row = part(args.rows, by_row, task / by_tile);
+    Work& work = *static_cast<Work*>(work_scratch.ensure(sizeof(Work)));
+    isa.run(args, x, {tile.begin, tile.end, row.begin, row.end}, work);
+  });
+}
+
+}  // namespace
+
+void gemm_u4g(const GemmU4g& args, Isa isa, const Parallel& parallel) {
+  const GemmU4gIsa& table = kernels(isa, args.dtype);
+  const int64_t size = dtype_size(args.dtype);
+  for (int64_t row = 0; row < args.rows; row += kRowChunk) {
+    GemmU4g chunk = args;
+    chunk.rows = std::min(kRowChunk, args.rows - row);
+    chunk.x = static_cast<const char*>(args.x) + row * args.x_stride * size;
+    chunk.y = static_cast<char*>(args.y) + row * args.layout.n * size;
+    gemm_chunk(chunk, table, parallel);
+  }
+}
+
+}  // namespace turbo::cpu

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX-512 with BF16: 4-bit weights become exact bf16 integers, two per lane, for vdpbf16ps.
+//
+// Per 64 bytes of weights (128 weights, 16 channels): 1 load, 3 shifts, 4 table permutes and, for each
+// row, 4 dots with a broadcast operand from memory. One row is bound by memory (11 vector operations
+// on a line that takes 9 to 14 cycles to arrive here); from about 4 rows on the dot unit is the limit.
+#include "avx512_io.h"
+#include "gemm_u4g_kernel.h"
+
+namespace turbo::cpu {
+namespace {
+
+/// bf16 of the 4-bit two's complement codes, twice: vpermw looks at the low 5 bits of a lane, and bit 4
+/// belongs to the next weight, so that no mask is needed.
+inline __m512i signed_nibbles_bf16() {
+  // 0, 1, ..., 7 and -8, ..., -1 as the upper halves of their fp32 bits; a dword holds two entries.
+  const __m256i once = _mm256_setr_epi32(0x3F800000, 0x40404000, 0x40A04080, 0x40E040C0,
+                                         static_cast<int>(0xC0E0C100), static_cast<int>(0xC0A0C0C0),
+                                         static_cast<int>(0xC040C080), static_cast<int>(0xBF80C000));
+  return _mm512_broadcast_i64x4(once);
+}
+
+template <DType D>
+struct Avx512Bf16 : Avx512Io<D> {
+  using Base = Avx512Io<D>;
+  using Vec = __m512;
+  using Raw = __m512i;
+  static constexpr int kDots = 4;
+  // fp16 has 11 significant bits, bf16 has 8: x = hi + lo exactly, one unit for each.
+  static constexpr int kPlanes = D == DType::f16 ? 2 : 1;
+  static constexpr bool kReadsInPlace = D == DType::bf16;
+  // 4 tiles x 6 rows = 24 accumulators, 4 weights, 1 activation, 1 table of 32 registers.
+  static constexpr int kDirectTiles = 4, kDirectRows = 6, kPanelTiles = 4, kPanelRows = 6;
+  static constexpr int64_t kPanelK8 = 16;
+
+  static Raw load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  static Raw load_raw(const float* p) { return _mm512_load_si512(p); }
+  static void store_raw(float* p, Raw v) { _mm512_store_si512(p, v); }
+
+  template <int J>
+  static Raw decode(Raw raw) {
+    return _mm512_permutexvar_epi16(J ? _mm512_srli_epi16(raw, 4 * J) : raw, signed_nibbles_bf16());
+  }
+
+  static Raw broadcast(const uint32_t* unit) { return _mm512_set1_epi32(load_unit(unit)); }
+
+  static void dot(Vec& acc, Raw weights, Raw unit) {
+    acc = _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(weights),
+                           reinterpret_cast<__m512bh>(unit));
+  }
+
+  /// The operand straight from memory: left to itself the compiler would keep all broadcasts of a
+  /// step in registers and spill the accumulators.
+  static void dot_broadcast(Vec& acc, Raw weights, const uint32_t* unit) {
+    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(weights), "m"(*unit));
+  }
+
+  static void prepare_row(const char* x, int64_t k, uint32_t* units, int64_t count) {
+    if constexpr (D == DType::bf16) {
+      __builtin_memcpy(units, x, k * 2);
+      __builtin_memset(reinterpret_cast<char*>(units) + k * 2, 0, count * 4 - k * 2);
+    } else {
+      // hi of 16 values in the lower half, lo in the upper; interleaved by pairs of k.
+      const __m512i interleave =
+          _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+      for (int64_t i = 0; i < count; i += 16) {
+        const int64_t left = k - i;
+        const Vec v = Base::load_d(x + i * 2, static_cast<int>(left < 0 ? 0 : left < 16 ? left : 16));
+        const __m256i hi = to_bf16(v);
+        // infinity - infinity would be NaN: nothing is left of what is not finite.
+        const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(v), _mm512_set1_ps(1e38f), _CMP_LT_OQ);
+        const __m256i lo = to_bf16(_mm512_maskz_sub_ps(finite, v, from_bf16(hi)));
+        const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(hi), lo, 1);
+        const int64_t units_left = count - i;
+        _mm512_mask_storeu_epi32(units + i, first_lanes(units_left < 16 ? static_cast<int>(units_left) : 16),
+                                 _mm512_permutexvar_epi32(interleave, both));
+      }
+    }
+  }
+
+  static float sum_units(const uint32_t* units, int64_t count) {
+    const __m512i ones = _mm512_set1_epi32(0x3F803F80);
+    Vec acc = Base::zero();
+    for (int64_t i = 0; i < count; i += 16) {
+      const int64_t left = count - i;
+      const __mmask16 m = first_lanes(left < 16 ? static_cast<int>(left) : 16);
+      dot(acc, ones, _mm512_maskz_loadu_epi32(m, units + i));
+    }
+    return _mm512_reduce_add_ps(acc);
+  }
+
+ private:
+  static int load_unit(const uint32_t* unit) {
+    int value;
+    __builtin_memcpy(&value, unit, sizeof value);
+    return value;
+  }
+};
+
+}  // namespace
+
+const GemmU4gIsa& gemm_u4g_avx512bf16(DType dtype) {
+  return dtype == DType::bf16 ? KernelU4g<Avx512Bf16<DType::bf16>>::kTable
+                              : KernelU4g<Avx512Bf16<DType::f16>>::kTable;
+}
+
+}  // namespace turbo::cpu

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernel layout of grouped 4-bit weights: the one that the packer writes and all kernels read.
+//
+// A weight is a nibble holding the signed integer q = code - 8 in two's complement, so zero bits are
+// the weight 0 and padding is free. W[n][k] = (q[n][k] - z[n][g]) * scale[n][g], g = k / group_size.
+//
+//   dword   8 weights of one channel n, k = 8*i .. 8*i+7. Even k in the low half, odd k in the high
+//           half, so that one 16-bit shift by 4*j brings the pair (k=2j, k=2j+1) to the bottom of
+//           both halves: the operand order of the bf16 pair dot. bits:
+//             31..28 27..24 23..20 19..16 | 15..12 11..8 7..4 3..0
+//              k7     k5     k3     k1    |  k6     k4   k2   k0
+//   tile    16 channels: 16 dwords = 64 bytes = one cache line, lane = channel
+//   block   up to 4 tiles (64 channels) side by side; per i one run of tiles*64 bytes, so a thread
+//           streams memory in one direction whatever the number of channels it works on
+//
+//   weight  [block][i = 0 .. ceil(K/8)-1][tile][16 lanes]  dwords
+//   scale   [block][group][tile][16 lanes]                 in the dtype of the activations
+//   zero    [block][group][tile][2 dwords]                 nibbles z = zero_point - 8, two's complement;
+//           dword 0 holds the even lanes, dword 1 the odd ones, lane l at bits 4*(l/2)
+//
+// All blocks have 4 tiles but the last, which has what is left; N is padded to whole tiles with weight
+// 0, scale 0, zero 0. Block b therefore starts at b * 64 channels' worth of elements in each array.
+#pragma once
+
+#include <cstdint>
+
+namespace turbo::cpu {
+
+inline constexpr int64_t kTileN = 16;       // channels of a tile: lanes of a 512-bit register
+inline constexpr int64_t kBlockTiles = 4;   // tiles of a block
+inline constexpr int64_t kDwordK = 8;       // weights of a dword
+inline constexpr int64_t kZeroDwords = 2;   // dwords of a tile's zero points
+
+enum class DType : int { bf16, f16, f32 };
+
+inline constexpr int64_t dtype_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// Sizes of one packed matrix [n, k] whose rows are cut into `groups` groups along k.
+struct LayoutU4g {
+  int64_t n, k, groups;
+
+  int64_t tiles() const { return ceil_div(n, kTileN); }
+  int64_t padded_n() const { return tiles() * kTileN; }
+  int64_t k8() const { return ceil_div(k, kDwordK); }
+  int64_t group_k8() const { return k8() / groups; }
+  /// Tiles of the block that `tile` lies in.
+  int64_t block_tiles(int64_t tile) const {
+    const int64_t first = tile / kBlockTiles * kBlockTiles;
+    return tiles() - first < kBlockTiles ? tiles() - first : kBlockTiles;
+  }
+  /// Offset, in lanes, of (tile, step) in an array of `steps` steps: k8() for weights, groups for scales.
+  int64_t lane_offset(int64_t tile, int64_t step, int64_t steps) const {
+    const int64_t first = tile / kBlockTiles * kBlockTiles;
+    return (first * steps + step * block_tiles(tile) + (tile - first)) * kTileN;
+  }
+};
+
+}  // namespace turbo::cpu

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+// Loops that measure what this processor can do at best: the limits that a kernel is judged by.
+// One thread's share only; the caller times them and runs one on each thread.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace turbo::cpu {
+
+/// The multiply-add instruction that a peak loop consists of.
+enum class DotKind : int {
+  bf16,   ///< vdpbf16ps: two bf16 products added to each fp32 lane (AVX-512 BF16)
+  int8,   ///< vpdpbusd: four u8*s8 products added to each int32 lane (AVX-512 VNNI, else AVX-VNNI)
+  fma32,  ///< vfmadd: one fp32 product added to each lane (AVX-512, else AVX2+FMA)
+};
+
+/// Reads `bytes` bytes from `p` (any alignment) once, front to back.
+/// Returns the sum modulo 2^64 of the buffer's little-endian 64-bit words, the last one zero
+/// padded: the same whatever the instruction set, and additive over cuts at multiples of 8 bytes.
+uint64_t read_lines(const void* p, size_t bytes);
+
+/// Runs `iterations` rounds of independent multiply-adds on registers; touches no memory.
+/// Returns the scalar multiply-adds done, 0 when this processor lacks the instruction.
+int64_t dot_loop(DotKind kind, int64_t iterations);
+
+}  // namespace turbo::cpu

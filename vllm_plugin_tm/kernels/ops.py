@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled ops: loading the extension, their fakes, and the instruction set they run on."""
+
+import functools
+from pathlib import Path
+
+NAMESPACE = "vllm_plugin_tm"
+EXTENSION = "_C.abi3.so"
+
+# Geometry of the kernel layout, as csrc/cpu/layout_u4g.h has it.
+TILE_N = 16
+DWORD_K = 8
+
+
+class ExtensionMissing(RuntimeError):
+    """The compiled extension is not there or cannot be loaded; the message says why and the cure."""
+
+
+def extension_path() -> Path | None:
+    """Where the extension lies, or None. An editable install keeps it apart from the sources."""
+    import vllm_plugin_tm
+
+    for directory in vllm_plugin_tm.__path__:
+        path = Path(directory) / EXTENSION
+        if path.is_file():
+            return path
+    return None
+
+
+@functools.cache
+def load() -> None:
+    """Loads the extension into torch and registers the fakes; idempotent.
+
+    Raises ExtensionMissing with the reason.
+    """
+    import torch
+
+    path = extension_path()
+    if path is None:
+        raise ExtensionMissing(
+            f"vllm-plugin-tm: the compiled extension {EXTENSION} is missing from the installed "
+            "package; build it with `pip install .` in the source tree (needs g++ 11 or newer)"
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise ExtensionMissing(
+            f"vllm-plugin-tm: {path} cannot be loaded with torch {torch.__version__}: {error}; "
+            "it needs torch 2.11 or newer"
+        ) from error
+    _register_fakes()
+
+
+def is_available() -> bool:
+    """True where the extension can be loaded."""
+    try:
+        load()
+    except (ExtensionMissing, ImportError):
+        return False
+    return True
+
+
+def cpu_isas() -> tuple[str, ...]:
+    """Instruction sets this processor can run, best first; empty where there is no kernel for it."""
+    import torch
+
+    load()
+    names = torch.ops.vllm_plugin_tm.cpu_isas()
+    return tuple(names.split(",")) if names else ()
+
+
+def get_isa() -> str:
+    """The instruction set in use in this process; "none" where there is no kernel."""
+    import torch
+
+    load()
+    return torch.ops.vllm_plugin_tm.get_isa()
+
+
+def set_isa(name: str) -> None:
+    """Selects the instruction set of this process, `name` being one of cpu_isas().
+
+    Raises ValueError for any other name: a higher set than the processor has is refused.
+    """
+    import torch
+
+    allowed = cpu_isas()
+    if name not in allowed:
+        raise ValueError(f"instruction set {name!r} is not one of {allowed} on this processor")
+    torch.ops.vllm_plugin_tm.set_isa(name)
+
+
+def _register_fakes() -> None:
+    import torch
+
+    @torch.library.register_fake(f"{NAMESPACE}::w4a16_linear")
+    def _(x, weight, scale, zero_point, bias, n, group_size):  # type: ignore[no-untyped-def]
+        return x.new_empty((*x.shape[:-1], n))
+
+    @torch.library.register_fake(f"{NAMESPACE}::w4a16_pack")
+    def _(weight_packed, scale, zero_point, k):  # type: ignore[no-untyped-def]
+        n16 = (weight_packed.shape[0] + TILE_N - 1) // TILE_N * TILE_N
+        groups = scale.shape[1]
+        weight = weight_packed.new_empty((n16, (k + DWORD_K - 1) // DWORD_K))
+        zero = (n16 // DWORD_K, groups) if zero_point is not None else (0,)
+        return weight, scale.new_empty((n16, groups)), weight_packed.new_empty(zero)
