@@ -43,8 +43,6 @@ struct Avx512Io {
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static Vec fnma(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a, b, c); }
-  static Vec load_f32(const float* p) { return _mm512_loadu_ps(p); }
-  static void store_f32(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 
   /// `count` values of type D as fp32, the other lanes 0; reads no further.
   static Vec load_d(const void* p, int count) {

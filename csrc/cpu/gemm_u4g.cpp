@@ -11,7 +11,7 @@
 namespace turbo::cpu {
 namespace {
 
-/// Grow-only memory of one thread. 64-byte aligned, freed with the thread.
+/// Grow-only memory of the calling thread. 64-byte aligned, freed with the thread.
 class Scratch {
  public:
   ~Scratch() { std::free(data_); }
@@ -32,8 +32,7 @@ class Scratch {
   size_t size_ = 0;
 };
 
-thread_local Scratch prepared_scratch;  // of the calling thread: units and sums of one row chunk
-thread_local Scratch work_scratch;      // of a worker: one Work
+thread_local Scratch prepared_scratch;
 
 const GemmU4gIsa& kernels(Isa isa, DType dtype) {
   if (isa == Isa::avx2) return gemm_u4g_avx2(dtype);
@@ -81,8 +80,7 @@ void gemm_chunk(const GemmU4g& args, const GemmU4gIsa& isa, const Parallel& para
   parallel(by_tile * by_row, [&](int64_t task) {
     const Range tile = part(tiles, by_tile, task % by_tile);
     const Range row = part(args.rows, by_row, task / by_tile);
-    Work& work = *static_cast<Work*>(work_scratch.ensure(sizeof(Work)));
-    isa.run(args, x, {tile.begin, tile.end, row.begin, row.end}, work);
+    isa.run(args, x, {tile.begin, tile.end, row.begin, row.end});
   });
 }
 

@@ -31,14 +31,11 @@ struct GemmU4g {
   void* y;
 };
 
-/// Runs on `isa`, which the processor must support. Re-entrant. Scratch memory is kept per thread
-/// and bounded: kRowChunk prepared rows in the calling thread, one Work (gemm_u4g_isa.h) in each worker.
+/// Runs on `isa`, which the processor must support. Re-entrant. Scratch memory is that of the calling
+/// thread, kept for its next call: the prepared x and its group sums of at most kRowChunk rows.
 void gemm_u4g(const GemmU4g& args, Isa isa, const Parallel& parallel);
 
-/// Rows handled at a time; more are cut into chunks of this, which bounds scratch memory.
-inline constexpr int64_t kRowChunk = 512;
-
-/// Most weights of one channel that are decoded at a time when many rows share them.
-inline constexpr int64_t kPanelK = 128;
+/// Rows handled at a time: their x stays in the second-level cache while the weights stream by.
+inline constexpr int64_t kRowChunk = 256;
 
 }  // namespace turbo::cpu

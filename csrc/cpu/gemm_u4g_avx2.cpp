@@ -18,26 +18,17 @@ struct Avx2 {
   static constexpr int64_t kSize = dtype_size(D);
   static constexpr int kDots = 8, kPlanes = 1;
   static constexpr bool kReadsInPlace = D == DType::f32;
-  // 16 registers. direct: 4 vectors x 2 rows; panel: 4 vectors x 3 rows = 12 accumulators.
-  static constexpr int kDirectTiles = 2, kDirectRows = 2, kPanelTiles = 2, kPanelRows = 3;
-  static constexpr int64_t kPanelK8 = 16;
+  // 2 tiles x 2 vectors x 3 rows = 12 accumulators, 1 weights, 1 activation of 16 registers.
+  static constexpr int kTiles = 2, kRows = 3;
 
   static Vec zero() { return _mm256_setzero_ps(); }
   static Vec set1(float v) { return _mm256_set1_ps(v); }
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
   static Vec fnma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c); }
-  static Vec load_f32(const float* p) { return _mm256_loadu_ps(p); }
-  static void store_f32(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 
   static Raw load(const uint32_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  }
-  static Raw load_raw(const float* p) {
-    return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
-  }
-  static void store_raw(float* p, Raw v) {
-    _mm256_store_si256(reinterpret_cast<__m256i*>(p), v);
   }
 
   /// Nibble J/2 of the low (even J) or high (odd J) half, moved to the top and back with its sign.
@@ -48,18 +39,10 @@ struct Avx2 {
     return _mm256_castps_si256(_mm256_cvtepi32_ps(_mm256_srai_epi32(top, 28)));
   }
 
-  static Raw broadcast(const uint32_t* unit) {
+  static void dot_broadcast(Vec& acc, Raw weights, const uint32_t* unit) {
     float value;
     __builtin_memcpy(&value, unit, sizeof value);
-    return _mm256_castps_si256(_mm256_set1_ps(value));
-  }
-
-  static void dot(Vec& acc, Raw weights, Raw unit) {
-    acc = _mm256_fmadd_ps(_mm256_castsi256_ps(weights), _mm256_castsi256_ps(unit), acc);
-  }
-
-  static void dot_broadcast(Vec& acc, Raw weights, const uint32_t* unit) {
-    dot(acc, weights, broadcast(unit));
+    acc = _mm256_fmadd_ps(_mm256_castsi256_ps(weights), _mm256_set1_ps(value), acc);
   }
 
   static Vec from_half(__m128i half) {

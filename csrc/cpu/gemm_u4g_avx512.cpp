@@ -17,12 +17,10 @@ struct Avx512 : Avx512Io<D> {
   using Raw = __m512i;
   static constexpr int kDots = 8, kPlanes = 1;
   static constexpr bool kReadsInPlace = D == DType::f32;
-  static constexpr int kDirectTiles = 4, kDirectRows = 6, kPanelTiles = 4, kPanelRows = 6;
-  static constexpr int64_t kPanelK8 = 8;
+  // 4 tiles x 4 rows = 16 accumulators; most of the 16 totals fit beside them.
+  static constexpr int kTiles = 4, kRows = 4;
 
   static Raw load(const uint32_t* p) { return _mm512_loadu_si512(p); }
-  static Raw load_raw(const float* p) { return _mm512_load_si512(p); }
-  static void store_raw(float* p, Raw v) { _mm512_store_si512(p, v); }
 
   /// k = J sits at nibble J/2 of the low (even J) or high (odd J) half of a dword.
   template <int J>
@@ -30,14 +28,6 @@ struct Avx512 : Avx512Io<D> {
     constexpr int kShift = 4 * (J % 2 * 4 + J / 2);
     const Raw index = kShift ? _mm512_srli_epi32(raw, kShift) : raw;
     return _mm512_castps_si512(_mm512_permutexvar_ps(index, signed_nibbles_f32()));
-  }
-
-  static Raw broadcast(const uint32_t* unit) {
-    return _mm512_castps_si512(_mm512_set1_ps(load_unit(unit)));
-  }
-
-  static void dot(Vec& acc, Raw weights, Raw unit) {
-    acc = _mm512_fmadd_ps(_mm512_castsi512_ps(weights), _mm512_castsi512_ps(unit), acc);
   }
 
   /// The operand straight from memory, see gemm_u4g_avx512bf16.cpp.
@@ -63,13 +53,6 @@ struct Avx512 : Avx512Io<D> {
       acc = _mm512_add_ps(acc, _mm512_maskz_loadu_ps(m, units + i));
     }
     return _mm512_reduce_add_ps(acc);
-  }
-
- private:
-  static float load_unit(const uint32_t* unit) {
-    float value;
-    __builtin_memcpy(&value, unit, sizeof value);
-    return value;
   }
 };
 

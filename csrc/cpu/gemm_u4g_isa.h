@@ -18,18 +18,6 @@ struct Share {
   int64_t tile0, tile1, row0, row1;
 };
 
-/// 16 KiB: half of the smallest first-level cache.
-inline constexpr int64_t kPanelFloats = 4096;
-
-/// Scratch of one worker, 64-byte aligned: about 300 KiB, for the second-level cache but for `panel`.
-struct Work {
-  float panel[kPanelFloats];
-  float scale[kPanelK / kDwordK * kBlockTiles * kTileN];  // of the panel's groups, as fp32
-  float zero[kPanelK / kDwordK * kBlockTiles * kTileN];   // likewise
-  float total[kRowChunk * kBlockTiles * kTileN];          // t of the rows of this share
-  float group[kRowChunk * kBlockTiles * kTileN];          // a, for groups longer than a panel
-};
-
 struct GemmU4gIsa {
   int64_t units_per_k8;  // units that hold 8 activations
   bool reads_in_place;   // x needs no conversion where k is a multiple of 8
@@ -38,7 +26,7 @@ struct GemmU4gIsa {
   /// Sums rows [row0, row1) of x per group.
   void (*sum)(const GemmU4g& args, int64_t row0, int64_t row1, const PreparedX& x);
   /// Computes one share of y.
-  void (*run)(const GemmU4g& args, const PreparedX& x, const Share& share, Work& work);
+  void (*run)(const GemmU4g& args, const PreparedX& x, const Share& share);
 };
 
 const GemmU4gIsa& gemm_u4g_avx2(DType dtype);
