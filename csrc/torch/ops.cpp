@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -37,17 +38,16 @@ Parallel torch_pool() {
 
 std::string text(ScalarType type) { return torch::headeronly::toString(type); }
 
-std::string text(const std::vector<int64_t>& sizes) {
+template <class Sizes>
+std::string text(const Sizes& sizes) {
   std::string out = "[";
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    if (i) out += ", ";
-    out += std::to_string(sizes[i]);
+  for (const int64_t size : sizes) {
+    if (out.size() > 1) out += ", ";
+    out += std::to_string(size);
   }
   out += "]";
   return out;
 }
-
-std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
 void check_cpu(const char* op, const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.is_cpu(), op, ": argument '", name,
@@ -55,12 +55,12 @@ void check_cpu(const char* op, const char* name, const Tensor& t) {
 }
 
 void check(const char* op, const char* name, const Tensor& t, ScalarType type,
-           const std::vector<int64_t>& sizes) {
+           std::initializer_list<int64_t> sizes) {
   check_cpu(op, name, t);
   STD_TORCH_CHECK(t.scalar_type() == type, op, ": argument '", name, "': expected dtype ", text(type),
                   ", given ", text(t.scalar_type()));
-  STD_TORCH_CHECK(sizes_of(t) == sizes, op, ": argument '", name, "': expected shape ", text(sizes),
-                  ", given ", text(sizes_of(t)));
+  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), t.sizes().begin(), t.sizes().end()), op, ": argument '", name, "': expected shape ", text(sizes),
+                  ", given ", text(t.sizes()));
   STD_TORCH_CHECK(t.is_contiguous(), op, ": argument '", name, "': expected a contiguous tensor");
 }
 
@@ -105,9 +105,9 @@ std::tuple<Tensor, Tensor, Tensor> w4a16_pack(Tensor codes, Tensor scale,
   STD_TORCH_CHECK(k > 0, kOp, ": argument 'k': expected a positive number, given ", k);
   STD_TORCH_CHECK(codes.dim() == 2 && codes.size(0) > 0, kOp,
                   ": argument 'weight_packed': expected shape [N, ceil(k/8)] with N > 0, given ",
-                  text(sizes_of(codes)));
+                  text(codes.sizes()));
   STD_TORCH_CHECK(scale.dim() == 2 && scale.size(1) > 0, kOp,
-                  ": argument 'scale': expected shape [N, groups], given ", text(sizes_of(scale)));
+                  ": argument 'scale': expected shape [N, groups], given ", text(scale.sizes()));
   const LayoutU4g layout{codes.size(0), k, scale.size(1)};
   const int64_t n = layout.n, groups = layout.groups;
   check(kOp, "weight_packed", codes, ScalarType::Int, {n, layout.k8()});
@@ -138,7 +138,7 @@ Tensor w4a16_linear(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor>
                   ": this processor has no AVX2 with FMA and F16C; there is no kernel for it");
   check_cpu(kOp, "x", x);
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) > 0, kOp,
-                  ": argument 'x': expected shape [..., K] with K > 0, given ", text(sizes_of(x)));
+                  ": argument 'x': expected shape [..., K] with K > 0, given ", text(x.sizes()));
   STD_TORCH_CHECK(n > 0, kOp, ": argument 'n': expected a positive number, given ", n);
   const int64_t k = x.size(x.dim() - 1);
   const bool channel = group_size == -1 || group_size == k;
@@ -154,7 +154,7 @@ Tensor w4a16_linear(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor>
     check(kOp, "zero_point", *zero_point, ScalarType::Int, {layout.padded_n() / 8, layout.groups});
   if (bias) check(kOp, "bias", *bias, type, {n});
 
-  std::vector<int64_t> sizes = sizes_of(x);
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   const int64_t rows = x.numel() / k;
   sizes.back() = n;
   Tensor y = torch::stable::new_empty(x, sizes);
