@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""This package's environment variables: the only reader of os.environ, every value validated."""
+
+import difflib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+PREFIX = "VLLM_PLUGIN_TM"
+
+ISAS = ("avx512bf16", "avx512", "avx2")
+SCHEMES = ("w4a16",)
+
+
+class EnvError(ValueError):
+    """A variable of ours has a value, or a name, that this package does not know."""
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable.
+
+    `default` is used when the variable is unset or empty. `accepted` spells out, for people, what
+    `parse` takes; `parse` turns the text into the value and raises ValueError for anything else.
+    """
+
+    name: str
+    doc: str
+    default: str
+    accepted: str
+    parse: Callable[[str], object]
+
+    def read(self) -> object:
+        """The value now. Raises EnvError naming variable, value and accepted spellings."""
+        text = os.environ.get(self.name, "") or self.default
+        try:
+            return self.parse(text)
+        except ValueError as error:
+            raise EnvError(
+                f"{self.name}={text!r} is not understood: accepted are {self.accepted}"
+            ) from error
+
+
+def _one_of(**values: object) -> Callable[[str], object]:
+    def parse(text: str) -> object:
+        if text not in values:
+            raise ValueError(text)
+        return values[text]
+
+    return parse
+
+
+def _switch(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise ValueError(text)
+    return text == "1"
+
+
+def _schemes(text: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in text.split(","))
+    if not set(names) <= set(SCHEMES):
+        raise ValueError(text)
+    return tuple(dict.fromkeys(names))
+
+
+SWITCH = Variable(
+    name=PREFIX,
+    doc="The switch: 1 lets this package's kernels take the layers they support.",
+    default="0",
+    accepted='"0" or "" (off), "1" (on)',
+    parse=_switch,
+)
+ISA = Variable(
+    name=f"{PREFIX}_ISA",
+    doc="The instruction set to use; auto takes the best one that the processor has.",
+    default="auto",
+    accepted=", ".join(f'"{name}"' for name in ("auto", *ISAS)),
+    parse=_one_of(**{name: name for name in ("auto", *ISAS)}),
+)
+TAKEN_SCHEMES = Variable(
+    name=f"{PREFIX}_SCHEMES",
+    doc="The quantization schemes to take, separated by commas; the others stay upstream's.",
+    default=",".join(SCHEMES),
+    accepted="a comma-separated list of " + ", ".join(f'"{name}"' for name in SCHEMES),
+    parse=_schemes,
+)
+
+VARIABLES: tuple[Variable, ...] = (SWITCH, ISA, TAKEN_SCHEMES)
+
+
+def enabled() -> bool:
+    """Whether the switch is on. Raises EnvError for a value that is neither on nor off."""
+    return bool(SWITCH.read())
+
+
+def isa() -> str:
+    """The instruction set asked for: "auto" or a member of ISAS."""
+    return str(ISA.read())
+
+
+def schemes() -> tuple[str, ...]:
+    """The schemes that may be taken, members of SCHEMES, each once."""
+    value = TAKEN_SCHEMES.read()
+    assert isinstance(value, tuple)
+    return value
+
+
+def validate() -> None:
+    """Reads every variable once. Raises EnvError for a bad value or a name that we do not have.
+
+    vLLM only warns of unknown VLLM_ names; a misspelt one of ours would silently do nothing.
+    """
+    known = [variable.name for variable in VARIABLES]
+    for name in sorted(os.environ):
+        if name.startswith(PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise EnvError(
+                f"{name} is not a variable of this package: did you mean {near}? "
+                f"Known are {', '.join(known)}"
+            )
+    for variable in VARIABLES:
+        variable.read()
+
+
+def given() -> tuple[str, ...]:
+    """Names of our variables that are present in the environment."""
+    return tuple(variable.name for variable in VARIABLES if variable.name in os.environ)
+
+
+def text(name: str) -> str:
+    """The raw text of one of our variables, its default where unset. Never raises for its value.
+
+    This is what vLLM hashes into its compile-cache key, so that a graph that was compiled with
+    the switch on is never reused with the switch off.
+    """
+    variable = next(variable for variable in VARIABLES if variable.name == name)
+    return os.environ.get(name, "") or variable.default

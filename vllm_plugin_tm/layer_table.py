@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table that says, after loading, which layers run on our kernels and which do not, and why."""
+
+from collections import Counter
+from dataclasses import astuple, dataclass
+
+import torch
+from vllm.model_executor.kernels.linear import MPLinearKernel
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+
+from vllm_plugin_tm.kernels import ops
+from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_wNa16 import (
+    TMW4A16LinearKernel,
+)
+
+TITLE = "vllm-plugin-tm layers"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Layers that are alike: `scheme` is upstream's name for the scheme, `kernel` what runs it.
+
+    `isa` and `group_size` (-1: channel) are set for our kernels only. `note` says why layers were
+    left to upstream, or what is special about ours. `example` is the first layer's name.
+    """
+
+    scheme: str
+    kernel: str
+    on_tm: bool
+    isa: str
+    group_size: int | None
+    note: str
+    count: int
+    example: str
+
+
+_last: tuple[Row, ...] = ()
+
+
+def tm_kernel_of(module: torch.nn.Module) -> TMW4A16LinearKernel | None:
+    """The kernel of ours that runs this layer, if one does."""
+    kernel = _kernel_of(module)
+    return kernel if isinstance(kernel, TMW4A16LinearKernel) else None
+
+
+def collect(model: torch.nn.Module) -> list[Row]:
+    """Counts the model's weight-bearing layers by scheme and kernel: ours first, then the rest."""
+    counts: Counter[tuple[str, str, bool, str, int | None, str]] = Counter()
+    examples: dict[tuple[str, str, bool, str, int | None, str], str] = {}
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if not isinstance(method, QuantizeMethodBase) or isinstance(method, BaseKVCacheMethod):
+            continue
+        key = _describe(module, method)
+        counts[key] += 1
+        examples.setdefault(key, name)
+    rows = [Row(*key, count=count, example=examples[key]) for key, count in counts.items()]
+    return sorted(rows, key=lambda row: (not row.on_tm, -row.count, astuple(row)[:2]))
+
+
+def render(rows: list[Row]) -> str:
+    """The rows as aligned text; the first line starts with TITLE and carries the totals."""
+    ours = sum(row.count for row in rows if row.on_tm)
+    title = f"{TITLE}: {ours} of {sum(row.count for row in rows)} on TM kernels"
+    head = ("layers", "runs on", "kernel", "ISA", "group", "scheme", "note", "first layer")
+    cells = [head, *(_cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    )
+    return "\n".join((title, *(f"  {line}" for line in lines)))
+
+
+def remember(rows: list[Row]) -> None:
+    """Keeps the rows for last()."""
+    global _last
+    _last = tuple(rows)
+
+
+def last() -> tuple[Row, ...]:
+    """The table of the model that this process loaded last; empty before. For RPC into workers."""
+    return _last
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    group = {None: "-", -1: "channel"}.get(row.group_size, str(row.group_size))
+    return (
+        str(row.count),
+        "TM" if row.on_tm else "upstream",
+        row.kernel,
+        row.isa or "-",
+        group,
+        row.scheme,
+        row.note or "-",
+        row.example,
+    )
+
+
+def _kernel_of(module: torch.nn.Module) -> object:
+    """What upstream chose for the layer. compressed-tensors keeps it on the layer's scheme, GPTQ
+    and AWQ on the quantization method."""
+    for owner in (getattr(module, "scheme", None), getattr(module, "quant_method", None)):
+        kernel = getattr(owner, "kernel", None)
+        if kernel is not None:
+            return kernel
+    return None
+
+
+def _describe(
+    module: torch.nn.Module, method: QuantizeMethodBase
+) -> tuple[str, str, bool, str, int | None, str]:
+    """(scheme, kernel, on_tm, isa, group_size, note) of one layer."""
+    scheme = type(getattr(module, "scheme", None) or method).__name__
+    kernel = _kernel_of(module)
+    if isinstance(kernel, TMW4A16LinearKernel):
+        config = kernel.config
+        note = ""
+        if getattr(getattr(module, "scheme", None), "input_quant", None) is not None:
+            note = "activations are not quantized (nor does upstream on a CPU)"
+        return scheme, type(kernel).__name__, True, ops.get_isa(), config.group_size, note
+    if isinstance(kernel, MPLinearKernel):
+        ok, reason = TMW4A16LinearKernel.can_implement(kernel.config)
+        note = "TM kernel could run it, but upstream passed it over" if ok else str(reason)
+        return scheme, type(kernel).__name__, False, "", None, note
+    if scheme.startswith("Unquantized"):
+        return scheme, "-", False, "", None, "not quantized"
+    name = type(kernel).__name__ if kernel is not None else "-"
+    return scheme, name, False, "", None, "no TM kernel for this scheme"

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patch: the loaders refuse incomplete and damaged checkpoints, and log the layer table."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from vllm.model_executor import model_loader
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
+from vllm_plugin_tm import layer_table
+from vllm_plugin_tm.quantization import load_check
+
+logger = logging.getLogger("vllm.plugin_tm")
+
+
+class _LayerTable(BaseModelLoader):
+    """Names the layer that could not be built; logs the layer table when a model is complete."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        try:
+            model = super().load_model(*args, **kwargs)
+        except load_check.CheckpointError:
+            raise  # names everything already
+        except ValueError as error:
+            layer = _layer_in(error.__traceback__)
+            if layer is None or layer in str(error):
+                raise
+            raise ValueError(f"layer {layer}: {error}") from error
+        rows = layer_table.collect(model)
+        layer_table.remember(rows)
+        logger.info("%s", layer_table.render(rows))
+        return model
+
+
+class _Checked(DefaultModelLoader):
+    """Refuses damaged files before, misfits while, and missing tensors after reading weights."""
+
+    _reading = ""
+    _sources: Mapping[str, load_check.Layer] = {}
+
+    def _prepare_weights(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._prepare_weights(*args, **kwargs)
+        _folder, files, use_safetensors, *_rest = found
+        if use_safetensors:
+            load_check.refuse_damaged(files)
+        return found
+
+    def get_all_weights(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in super().get_all_weights(*args, **kwargs):
+            self._reading = f"{name} ({tensor.dtype}, shape {tuple(tensor.shape)})"
+            load_check.refuse_unfit(name, tensor, self._sources)
+            yield name, tensor
+
+    def load_weights(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        layers = _tm_layers(model)
+        marked = load_check.mark(layers)
+        self._sources = {source: layer for layer in layers for source, _ in layer.sources}
+        self._reading = ""
+        try:
+            super().load_weights(model, *args, **kwargs)
+        except load_check.CheckpointError:
+            raise
+        except Exception as error:
+            if not self._reading:
+                raise
+            # Upstream's loaders assert shapes and look names up without saying whose.
+            raise load_check.CheckpointError(
+                f"the checkpoint's tensor {self._reading} does not fit the model: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        finally:
+            self._sources = {}
+        load_check.refuse_missing(marked)
+
+
+def _tm_layers(model: torch.nn.Module) -> list[load_check.Layer]:
+    """The layers that our kernels take, as the checks want to know them."""
+    fused = getattr(model, "packed_modules_mapping", None) or {}
+    layers = []
+    for name, module in model.named_modules():
+        kernel = layer_table.tm_kernel_of(module)
+        if kernel is None:
+            continue
+        tensors = [kernel.w_q_name, kernel.w_s_name]
+        if kernel.config.zero_points and kernel.w_zp_name is not None:
+            tensors.append(kernel.w_zp_name)
+        parent, _, leaf = name.rpartition(".")
+        parts = fused.get(leaf, ())
+        sizes = getattr(module, "output_partition_sizes", ())
+        sources: tuple[tuple[str, int], ...] = ((name, kernel.config.partition_weight_shape[1]),)
+        # A checkpoint may hold the layer in one piece, whatever the model could fuse it from.
+        if len(parts) == len(sizes):
+            names = [f"{parent}.{part}" if parent else part for part in parts]
+            sources = tuple(zip(names, sizes, strict=True)) or sources
+        layers.append(load_check.Layer(name, module, tuple(tensors), sources))
+    return layers
+
+
+def _layer_in(traceback: TracebackType | None) -> str | None:
+    """Name of the linear layer in whose construction an error arose. Upstream's "failed to find a
+    kernel" does not name it, and at that time no model that could be asked exists."""
+    layer = None
+    while traceback is not None:
+        owner = traceback.tb_frame.f_locals.get("self")
+        if isinstance(owner, LinearBase):
+            layer = getattr(owner, "prefix", None) or layer
+        traceback = traceback.tb_next
+    return layer
+
+
+def _subclass(base: type[BaseModelLoader], *mixins: type[Any]) -> type[BaseModelLoader]:
+    """A subclass of the live `base` under the name of `base`, which some code compares."""
+    return type(base.__name__, (*mixins, base), {"__doc__": base.__doc__, "__module__": __name__})
+
+
+# upstream's class -> ours
+_REPLACEMENTS: dict[type[BaseModelLoader], type[BaseModelLoader]] = {
+    DefaultModelLoader: _subclass(DefaultModelLoader, _LayerTable, _Checked),
+    DummyModelLoader: _subclass(DummyModelLoader, _LayerTable),
+}
+
+
+def install() -> None:
+    """Every load format that names one of the two classes gets ours. Others stay."""
+    _swap(_REPLACEMENTS)
+
+
+def remove() -> None:
+    """Puts upstream's classes back."""
+    _swap({ours: upstream for upstream, ours in _REPLACEMENTS.items()})
+
+
+def installed() -> bool:
+    """Whether no load format names upstream's classes any more, and some name ours."""
+    present = set(model_loader._LOAD_FORMAT_TO_MODEL_LOADER.values())
+    return not present & set(_REPLACEMENTS) and set(_REPLACEMENTS.values()) <= present
+
+
+def _swap(new: dict[type[BaseModelLoader], type[BaseModelLoader]]) -> None:
+    # In place: upstream's chooser holds the table by its name, others may hold the object.
+    table = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
+    for load_format, loader in table.items():
+        table[load_format] = new.get(loader, loader)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of everything this package changes in upstream vLLM. Pure data: imports nothing of it.
+
+A symbol is written "module:attribute.path". Its signature is that of `inspect.signature` without
+annotations, for a class that of its constructor, for a table the word "dict". Where tested
+versions differ, the accepted signatures stand side by side, separated by " | ".
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from vllm_plugin_tm.versions import COMPAT_VLLM
+
+_LINEAR = "vllm.model_executor.kernels.linear"
+_LOADER = "vllm.model_executor.model_loader"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One change of upstream.
+
+    `name` is the module in vllm_plugin_tm.patch that makes it; `target` the symbol that changes;
+    `kind` how: an entry in a registry of upstream's, or a subclass of the live class in the
+    place of the class. `expects` maps the symbols that the change relies on to their signatures;
+    `tested` are the vLLM versions that satisfy them; `delete_when` says what would spare us this.
+    """
+
+    name: str
+    target: str
+    kind: Literal["registry", "subclass"]
+    why: str
+    how: str
+    expects: Mapping[str, str]
+    tested: tuple[str, ...]
+    delete_when: str
+
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        name="mixed_precision",
+        target=f"{_LINEAR}:_POSSIBLE_KERNELS",
+        kind="registry",
+        why="upstream's register_linear_kernel appends, and the first kernel that can, wins",
+        how="TMW4A16LinearKernel at index 0 of the CPU list, in place",
+        expects={
+            f"{_LINEAR}:_POSSIBLE_KERNELS": "dict",
+            f"{_LINEAR}:choose_mp_linear_kernel": "(config, compute_capability=None)",
+            f"{_LINEAR}:MPLinearLayerConfig": (
+                "(full_weight_shape, partition_weight_shape, weight_type, act_type, group_size,"
+                " zero_points, out_type=None)"
+                " | (full_weight_shape, partition_weight_shape, weight_type, act_type, group_size,"
+                " zero_points, has_g_idx, out_type=None)"
+            ),
+            f"{_LINEAR}:MPLinearKernel.__init__": (
+                "(self, c, w_q_param_name, w_s_param_name, w_zp_param_name=None)"
+                " | (self, c, w_q_param_name, w_s_param_name, w_zp_param_name=None,"
+                " w_gidx_param_name=None)"
+            ),
+            f"{_LINEAR}:MPLinearKernel.process_weights_after_loading": "(self, layer)",
+            f"{_LINEAR}:MPLinearKernel.apply_weights": "(self, layer, x, bias=None)",
+        },
+        tested=COMPAT_VLLM,
+        delete_when="register_linear_kernel can put a kernel before the in-tree ones",
+    ),
+    Patch(
+        name="model_loader",
+        target=f"{_LOADER}:_LOAD_FORMAT_TO_MODEL_LOADER",
+        kind="registry",
+        why=(
+            "upstream leaves a quantized tensor that the checkpoint lacks as uninitialized memory, "
+            "does not name a damaged file, and has no hook for a report after loading"
+        ),
+        how=(
+            "subclasses of the live DefaultModelLoader and DummyModelLoader in every entry that "
+            "names these two, in place"
+        ),
+        expects={
+            f"{_LOADER}:_LOAD_FORMAT_TO_MODEL_LOADER": "dict",
+            f"{_LOADER}.base_loader:BaseModelLoader.load_model": (
+                "(self, vllm_config, model_config, prefix='')"
+            ),
+            f"{_LOADER}.default_loader:DefaultModelLoader.load_weights": (
+                "(self, model, model_config)"
+            ),
+            f"{_LOADER}.default_loader:DefaultModelLoader._prepare_weights": (
+                "(self, model_name_or_path, subfolder, revision, fall_back_to_pt,"
+                " allow_patterns_overrides)"
+            ),
+            f"{_LOADER}.dummy_loader:DummyModelLoader.load_weights": "(self, model, model_config)",
+        },
+        tested=COMPAT_VLLM,
+        delete_when="upstream tracks the loading of quantized models by default and names the file",
+    ),
+)
+
+CONTRACTS: Mapping[str, str] = {
+    "vllm.envs:environment_variables": "dict",
+    "vllm.plugins:load_general_plugins": "()",
+    "vllm.model_executor.utils:replace_parameter": (
+        "(layer, param_name, new_tensor, prefer_copy=False)"
+    ),
+}
+"""What else of upstream our code calls or writes, beyond the patches' own expectations."""
+
+
+def accepts(expected: str, found: str) -> bool:
+    """Whether a found signature is one of the accepted ones."""
+    return found in expected.split(" | ")
+
+
+def all_expectations() -> dict[str, str]:
+    """Every symbol that we rely on, with its accepted signatures."""
+    merged = dict(CONTRACTS)
+    for patch in PATCHES:
+        merged.update(patch.expects)
+    return merged

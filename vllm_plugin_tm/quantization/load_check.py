@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seeing what a checkpoint did not fill: marks in the parameters before loading, looked for after.
+
+Upstream allocates quantized parameters without writing them and does not track their loading, so
+a missing tensor would be served as whatever the memory held.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+# Words that no real tensor holds throughout a row. The integer one has far-apart codes side by
+# side, unlike zero points, which gather around 8. The floating ones are NaNs with a payload: a
+# NaN of the checkpoint's own is told apart, and none can be mistaken for a scale.
+_MARKS: dict[torch.dtype, tuple[torch.dtype, int]] = {
+    torch.int32: (torch.int32, 0x0F1E2D3C),
+    torch.bfloat16: (torch.int16, 0x7FE5),
+    torch.float16: (torch.int16, 0x7F5A),
+    torch.float32: (torch.int32, 0x7FE5A5A5),
+}
+
+
+_SCALES = ("weight_scale", "scales")
+_SHOWN = 8  # missing tensors that an error lists
+
+
+class CheckpointError(ValueError):
+    """The checkpoint is damaged or incomplete."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer to watch: its name in the model, its module, the parameters that must be loaded.
+
+    `sources` are the checkpoint's modules that are fused in it, each with its number of output
+    rows in this shard; a layer that is fused from nothing has itself as the only one.
+    """
+
+    name: str
+    module: torch.nn.Module
+    tensors: tuple[str, ...]
+    sources: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A parameter whose memory was marked; `name` is the parameter's name in its layer."""
+
+    layer: Layer
+    name: str
+    param: torch.Tensor
+
+
+def mark(layers: Iterable[Layer]) -> list[Marked]:
+    """Marks the memory of the layers' parameters.
+
+    Left alone are parameters without memory (meta device), of other dtypes, and those that do not
+    declare an output_dim: they are in kernel order and are loaded by other ways.
+    """
+    marked = []
+    for layer in layers:
+        for name in layer.tensors:
+            param = getattr(layer.module, name, None)
+            if param is None or param.is_meta or param.dtype not in _MARKS:
+                continue
+            if getattr(param, "output_dim", None) not in (0, 1):
+                continue
+            _words(param).fill_(_MARKS[param.dtype][1])
+            marked.append(Marked(layer, name, param))
+    return marked
+
+
+def refuse_missing(marked: Iterable[Marked]) -> None:
+    """Raises CheckpointError naming the tensors of which some output rows were not loaded."""
+    lines = [
+        f"{source}.{entry.name} (layer {entry.layer.name})"
+        for entry in marked
+        for source in _missing_sources(entry)
+    ]
+    if lines:
+        shown = lines[:_SHOWN] + ([f"and {len(lines) - _SHOWN} more"] if lines[_SHOWN:] else [])
+        raise CheckpointError("missing in the checkpoint:\n  " + "\n  ".join(shown))
+
+
+def refuse_unfit(name: str, tensor: torch.Tensor, layers: Mapping[str, Layer]) -> None:
+    """Raises CheckpointError for a checkpoint tensor that upstream would take in silence, wrongly.
+
+    `layers` maps the checkpoint's module names to the layers they go into. Refused are packed
+    codes that are no int32 (they would be cast) and a bias for a layer without one (it would be
+    dropped; some exporters write biases of zeros, which are let through).
+    """
+    source, _, leaf = name.rpartition(".")
+    layer = layers.get(source)
+    if layer is None:
+        return
+    if leaf in layer.tensors and leaf not in _SCALES and tensor.dtype != torch.int32:
+        raise CheckpointError(f"{name}: expected dtype torch.int32, found {tensor.dtype}")
+    if leaf == "bias" and getattr(layer.module, "bias", None) is None and bool(tensor.any()):
+        raise CheckpointError(
+            f"{name}: surplus in the checkpoint, layer {layer.name} of this model has no bias"
+        )
+
+
+def refuse_damaged(files: Iterable[str]) -> None:
+    """Raises CheckpointError naming the first safetensors file that is shorter or longer than its
+    header says, or whose header cannot be read. Reads headers only."""
+    for file in files:
+        path = Path(file)
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise CheckpointError(
+                    f"{file}: truncated, its header alone should take {8 + length} bytes, "
+                    f"the file has {size}"
+                )
+            try:
+                header = json.loads(stream.read(length))
+                ends = [
+                    entry["data_offsets"][1]
+                    for key, entry in header.items()
+                    if key != "__metadata__"
+                ]
+            except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+                raise CheckpointError(f"{file}: damaged safetensors header: {error!r}") from error
+        expected = 8 + length + max(ends, default=0)
+        if expected != size:
+            kind = "truncated" if size < expected else "damaged"
+            raise CheckpointError(
+                f"{file}: {kind}, its header describes {expected} bytes, the file has {size}"
+            )
+
+
+def _words(param: torch.Tensor) -> torch.Tensor:
+    """The parameter's memory as integers of its width: a mark is bits, not a number."""
+    return param.data.view(_MARKS[param.dtype][0])
+
+
+def _missing_sources(entry: Marked) -> list[str]:
+    """The layer's sources of which at least one output row still is the mark throughout."""
+    output_dim: int = entry.param.output_dim  # type: ignore[attr-defined]
+    same = _words(entry.param) == _MARKS[entry.param.dtype][1]
+    untouched = same.all(dim=1 - output_dim).tolist()
+    total = sum(rows for _, rows in entry.layer.sources)
+    missing = []
+    start = 0
+    for source, rows in entry.layer.sources:
+        stop = start + rows
+        # Tensors that are packed along the output have fewer rows, in the same proportion.
+        if any(untouched[start * len(untouched) // total : -(-stop * len(untouched) // total)]):
+            missing.append(source)
+        start = stop
+    return missing
