@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the machine can do at best, measured by the extension's own loops: read bandwidth and
+multiply-adds per second, all threads."""
+
+import contextlib
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm_plugin_tm.bench import timing
+
+if TYPE_CHECKING:
+    import torch
+
+DOT_KINDS = ("bf16", "int8", "fma32")
+# The instruction that bounds activations of a dtype, and what to take where it is missing. fp16 has
+# no dot of its own on x86 without AVX512-FP16; split exactly into bf16 pairs it needs two bf16
+# dots, which is the rate of the fp32 multiply-add.
+_DOT_OF = {"bf16": ("bf16", "fma32"), "f16": ("fma32",), "f32": ("fma32",)}
+_DOT_ITERATIONS = 200_000  # 16 independent instructions each: about a millisecond
+_EFFORT = timing.Effort(sample_s=0.004, case_s=0.2, rounds=(7, 31))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The machine's limits at one moment. GB/s are 1e9 bytes, GFLOP/s count a multiply-add as two;
+    `dot_gflops` has 0.0 for an instruction that this processor lacks.
+
+    `read_gbps` is from huge pages where the system gives them: the most that memory yields.
+    `read_small_pages_gbps` is from memory as an ordinary allocation has it.
+    """
+
+    read_gbps: float
+    read_small_pages_gbps: float
+    dot_gflops: dict[str, float]
+
+
+def dot_kind(dtype: str, flops: Callable[[str], float]) -> str:
+    """The instruction that bounds activations of this dtype; `flops(kind)` is 0 where missing.
+
+    Raises:
+        ValueError: the processor has none of them.
+    """
+    for kind in _DOT_OF[dtype]:
+        if flops(kind):
+            return kind
+    raise ValueError(f"this processor has none of the instructions {_DOT_OF[dtype]} for {dtype}")
+
+
+def drift(before: Limits, after: Limits) -> dict[str, float]:
+    """Relative change of each limit over a run: 0.02 means 2 % more at the end."""
+    changes = {"read": after.read_gbps / before.read_gbps - 1}
+    for kind, value in before.dot_gflops.items():
+        if value:
+            changes[kind] = after.dot_gflops[kind] / value - 1
+    return changes
+
+
+class LimitLoops:
+    """The loops, and the buffers that they read. `llc_bytes` as in machine.Machine.
+
+    Needs the extension (kernels.ops.load()).
+    """
+
+    def __init__(self, llc_bytes: int) -> None:
+        size = buffer_bytes(llc_bytes)
+        self._huge = _buffer(size, huge=True)
+        self._small = _buffer(size, huge=False)
+        self._multiply_adds: dict[str, int] = {}
+
+    def read(self) -> object:
+        """One pass over the buffer: `read_bytes` bytes."""
+        return _ops().limit_read(self._huge)
+
+    @property
+    def read_bytes(self) -> int:
+        return self._huge.numel()
+
+    def dot(self, kind: str) -> Callable[[], object]:
+        """A step of `dot_flops(kind)` floating-point (or integer) operations."""
+        return lambda: _ops().limit_dot(kind, _DOT_ITERATIONS)
+
+    def dot_flops(self, kind: str) -> int:
+        """Operations of one step, a multiply-add as two; 0 where the instruction is missing."""
+        if kind not in self._multiply_adds:
+            self._multiply_adds[kind] = int(_ops().limit_dot(kind, _DOT_ITERATIONS))
+        return 2 * self._multiply_adds[kind]
+
+    def measure(self) -> Limits:
+        """All limits now, in under a second."""
+        steps: dict[str, timing.Step] = {
+            "read": self.read,
+            "read_small": lambda: _ops().limit_read(self._small),
+        }
+        steps |= {kind: self.dot(kind) for kind in DOT_KINDS if self.dot_flops(kind)}
+        times = timing.time_in_turns(steps, _EFFORT)
+        return Limits(
+            read_gbps=self.read_bytes / times["read"].median / 1e9,
+            read_small_pages_gbps=self.read_bytes / times["read_small"].median / 1e9,
+            dot_gflops={
+                kind: self.dot_flops(kind) / times[kind].median / 1e9 if kind in times else 0.0
+                for kind in DOT_KINDS
+            },
+        )
+
+
+def buffer_bytes(llc_bytes: int) -> int:
+    """Four times the last-level cache, so that next to nothing of the last pass is left in it."""
+    page = 2 * 2**20
+    return -(-4 * llc_bytes // page) * page
+
+
+def _buffer(size: int, huge: bool) -> "torch.Tensor":
+    import torch
+
+    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # A kernel without huge pages refuses: both buffers are alike then, and the two figures say so.
+    with contextlib.suppress(OSError):
+        area.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
+    buffer = torch.frombuffer(area, dtype=torch.uint8)
+    buffer.fill_(1)  # pages exist only once written; before, all are the same page of zeros
+    return buffer
+
+
+def _ops():  # type: ignore[no-untyped-def]  # torch's namespace of operators has no static type
+    import torch
+
+    return torch.ops.vllm_plugin_tm

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run yields: rows of figures with the limits beside them, as data and as JSON."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from vllm_plugin_tm.bench.cases import Case, Format
+from vllm_plugin_tm.bench.limits import Limits
+from vllm_plugin_tm.bench.machine import Machine
+from vllm_plugin_tm.bench.timing import Samples, ratio
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class RowLimits:
+    """The limits in the rounds of one case: GB/s (1e9 bytes), GFLOP/s, and whose peak that is."""
+
+    read_gbps: float
+    dot_gflops: float
+    dot_kind: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel on one case. Times in ms per call; bytes as moved by one call: weights, scales and
+    zero points in the kernel's layout, x and y.
+
+    `speedups`: peer's kernel name -> the peer's time over this one's, the median over rounds of
+    neighbouring samples; only peers that ran.
+    """
+
+    n: int
+    k: int
+    m: int
+    group_size: int
+    symmetric: bool
+    dtype: str
+    kernel: str
+    isa: str
+    ms: float
+    ms_p10: float
+    ms_p90: float
+    rounds: int
+    bytes: int
+    flops: int
+    limits: RowLimits
+    speedups: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def format(self) -> Format:
+        return Format(self.group_size, self.symmetric, self.dtype)
+
+    @property
+    def gbps(self) -> float:
+        return self.bytes / self.ms / 1e6
+
+    @property
+    def gflops(self) -> float:
+        return self.flops / self.ms / 1e6
+
+    @property
+    def intensity(self) -> float:
+        """FLOP per byte moved."""
+        return self.flops / self.bytes
+
+    @property
+    def bandwidth_fraction(self) -> float:
+        return self.gbps / self.limits.read_gbps
+
+    @property
+    def dot_fraction(self) -> float:
+        return self.gflops / self.limits.dot_gflops
+
+    @property
+    def roofline_fraction(self) -> float:
+        """Of what the nearer limit allows at this intensity: both limits bound FLOP/s, one by
+        intensity times bandwidth; the larger fraction is that of the smaller bound."""
+        return max(self.bandwidth_fraction, self.dot_fraction)
+
+
+_DERIVED = ("gbps", "gflops", "bandwidth_fraction", "dot_fraction", "roofline_fraction")
+
+
+@dataclass(frozen=True)
+class PackRow:
+    """Packing one matrix from disk order to kernel layout. `disk_bytes` are those of the 4-bit
+    codes; `resident_ratio` is kernel layout over disk tensors, scales and zero points included."""
+
+    n: int
+    k: int
+    group_size: int
+    symmetric: bool
+    dtype: str
+    ms: float
+    ms_p10: float
+    ms_p90: float
+    rounds: int
+    disk_bytes: int
+    resident_ratio: float
+
+    @property
+    def format(self) -> Format:
+        return Format(self.group_size, self.symmetric, self.dtype)
+
+    @property
+    def gbps(self) -> float:
+        return self.disk_bytes / self.ms / 1e6
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole run. `skipped` says what was not measured and why."""
+
+    date: str
+    command: str
+    machine: Machine
+    before: Limits
+    after: Limits
+    rows: tuple[Row, ...]
+    packing: tuple[PackRow, ...]
+    skipped: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One kernel's part in a case: its name, instruction set, whether its weights have no zero
+    points, their bytes, and its samples."""
+
+    kernel: str
+    isa: str
+    symmetric: bool
+    weight_bytes: int
+    samples: Samples
+
+
+def rows_of(case: Case, measured: list[Measured], limits: RowLimits) -> list[Row]:
+    """The rows of one case. `limits` are those of the same rounds.
+
+    Everyone is compared with every other kernel; where one ran on several instruction sets, with
+    the first.
+    """
+    first: dict[str, Measured] = {}
+    for one in measured:
+        first.setdefault(one.kernel, one)
+    return [_row(case, one, first, limits) for one in measured]
+
+
+def _row(case: Case, own: Measured, others: dict[str, Measured], limits: RowLimits) -> Row:
+    form = case.format
+    return Row(
+        n=case.n,
+        k=case.k,
+        m=case.m,
+        group_size=form.group_size,
+        symmetric=own.symmetric,
+        dtype=form.dtype,
+        kernel=own.kernel,
+        isa=own.isa,
+        **_times(own.samples),
+        bytes=own.weight_bytes + case.activation_bytes,
+        flops=case.flops,
+        limits=limits,
+        speedups={
+            kernel: ratio(other.samples, own.samples)
+            for kernel, other in others.items()
+            if kernel != own.kernel
+        },
+    )
+
+
+def pack_row(case: Case, samples: Samples, disk_bytes: int, resident_ratio: float) -> PackRow:
+    """The packing row of a case's matrix; m does not matter."""
+    form = case.format
+    return PackRow(
+        n=case.n,
+        k=case.k,
+        group_size=form.group_size,
+        symmetric=form.symmetric,
+        dtype=form.dtype,
+        **_times(samples),
+        disk_bytes=disk_bytes,
+        resident_ratio=resident_ratio,
+    )
+
+
+def _times(samples: Samples) -> dict[str, Any]:  # Any: the counts are int, the times float
+    return {
+        "ms": samples.median * 1e3,
+        "ms_p10": samples.quantile(0.1) * 1e3,
+        "ms_p90": samples.quantile(0.9) * 1e3,
+        "rounds": len(samples.seconds),
+    }
+
+
+def to_json(report: Report) -> str:
+    """The report with the derived figures written out, so that a reader needs no formulas."""
+    data = {"schema": SCHEMA, **asdict(report)}
+    for target, row in zip(data["rows"], report.rows, strict=True):
+        target.update({name: getattr(row, name) for name in _DERIVED})
+    for target, pack in zip(data["packing"], report.packing, strict=True):
+        target["gbps"] = pack.gbps
+    return json.dumps(data, indent=1) + "\n"
+
+
+def from_json(text: str) -> Report:
+    """The inverse of to_json; derived figures are computed again.
+
+    Raises:
+        ValueError: another schema, or text that is no report.
+    """
+    data = json.loads(text)
+    found = data.get("schema") if isinstance(data, dict) else None
+    if found != SCHEMA:
+        raise ValueError(
+            f"not a report of `vllm-tm bench --json`: schema {found!r}, known {SCHEMA}"
+        )
+    return Report(
+        date=data["date"],
+        command=data["command"],
+        machine=machine_from(data["machine"]),
+        before=_build(Limits, data["before"]),
+        after=_build(Limits, data["after"]),
+        rows=tuple(
+            _build(Row, {**row, "limits": _build(RowLimits, row["limits"])}) for row in data["rows"]
+        ),
+        packing=tuple(_build(PackRow, row) for row in data["packing"]),
+        skipped=tuple(data["skipped"]),
+    )
+
+
+def machine_from(data: dict[str, Any]) -> Machine:
+    """The machine from its part of a JSON file."""
+    return _build(Machine, data)
+
+
+def _build(kind: type, values: dict[str, Any]) -> Any:
+    """A dataclass from its own fields of `values`; JSON's lists become the tuples they were."""
+    own = {field.name for field in fields(kind)}
+    return kind(
+        **{
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+            if name in own
+        }
+    )

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A report as tables for the terminal."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import groupby
+
+from rich import box
+from rich.table import Table
+
+from vllm_plugin_tm.bench.cases import OURS, OURS_SYMMETRIC, Format
+from vllm_plugin_tm.bench.limits import Limits, drift
+from vllm_plugin_tm.bench.results import PackRow, Report, Row
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading and how a row fills it."""
+
+    title: str
+    cell: Callable[[Row], str]
+
+
+def percent(fraction: float) -> str:
+    """0.934 -> "93 %"."""
+    return f"{fraction * 100:.0f} %"
+
+
+def times(factor: float | None) -> str:
+    """5.127 -> "5.13x", "" for None."""
+    return "" if factor is None else f"{factor:.2f}x"
+
+
+def milliseconds(value: float) -> str:
+    """Three significant digits without an exponent."""
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:.{digits}f}"
+
+
+COLUMNS = (
+    Column("M", lambda row: str(row.m)),
+    Column("kernel", lambda row: f"{row.kernel} {row.isa}".strip()),
+    Column("ms", lambda row: milliseconds(row.ms)),
+    Column("p10-p90", lambda row: f"{milliseconds(row.ms_p10)}-{milliseconds(row.ms_p90)}"),
+    Column("GB/s", lambda row: f"{row.gbps:.1f}"),
+    Column("%read", lambda row: percent(row.bandwidth_fraction)),
+    Column("GFLOP/s", lambda row: f"{row.gflops:.0f}"),
+    Column("%dot", lambda row: percent(row.dot_fraction)),
+    Column("%roof", lambda row: percent(row.roofline_fraction)),
+)
+_QUIET = 0.1
+"""Largest change of a limit over a run whose figures can be quoted."""
+
+PACK_TITLES = ("N x K", "format", "ms", "p10-p90", "GB/s of 4-bit data", "resident / disk bytes")
+
+
+def sections(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+    """Rows by matrix and format, in their order, each with its heading. The symmetric twin of an
+    asymmetric case stays with that case."""
+
+    def key(row: Row) -> tuple[int, int, Format]:
+        twin = row.kernel == OURS_SYMMETRIC
+        return row.n, row.k, Format(row.group_size, row.symmetric and not twin, row.dtype)
+
+    return [(f"{n} x {k}, {form.name}", list(same)) for (n, k, form), same in groupby(rows, key)]
+
+
+def pack_cells(row: PackRow) -> tuple[str, ...]:
+    """One packing row under PACK_TITLES."""
+    return (
+        f"{row.n} x {row.k}",
+        row.format.name,
+        milliseconds(row.ms),
+        f"{milliseconds(row.ms_p10)}-{milliseconds(row.ms_p90)}",
+        f"{row.gbps:.2f}",
+        f"{row.resident_ratio:.3f}",
+    )
+
+
+def columns_for(rows: list[Row]) -> tuple[Column, ...]:
+    """COLUMNS, and one for each peer that any of the rows is compared with."""
+    names = dict.fromkeys(name for row in rows for name in row.speedups if name != OURS)
+    return (*COLUMNS, *(_speedup_column(name) for name in names))
+
+
+def _speedup_column(name: str) -> Column:
+    if name != OURS_SYMMETRIC:
+        return Column(f"x {name}", lambda row: times(row.speedups.get(name)))
+
+    def cell(row: Row) -> str:  # of interest for the same kernel only
+        return times(row.speedups.get(name)) if row.kernel == OURS else ""
+
+    return Column("x symmetric", cell)
+
+
+def conditions(report: Report) -> list[str]:
+    """Under which conditions, line by line: what every claim has to carry."""
+    here = report.machine
+    lines = [
+        f"Machine: {here.summary}; {', '.join(here.flags)}",
+        f"Versions: {', '.join(f'{name} {value}' for name, value in here.versions.items())}",
+        f"Date: {report.date}. Command: {report.command}",
+        f"Limits before: {_limits(report.before)}",
+        f"Limits after:  {_limits(report.after)}",
+    ]
+    moved = drift(report.before, report.after)
+    lines.append("Drift: " + ", ".join(f"{name} {by * 100:+.1f} %" for name, by in moved.items()))
+    if max(map(abs, moved.values())) > _QUIET:
+        lines.append(
+            f"WARNING: the limits moved by more than {_QUIET * 100:.0f} % during the run: the "
+            "machine was not quiet, and the figures are not to be quoted"
+        )
+    return lines
+
+
+def _limits(limits: Limits) -> str:
+    dots = ", ".join(f"{k} {v:.0f}" for k, v in limits.dot_gflops.items() if v)
+    return (
+        f"read {limits.read_gbps:.1f} GB/s ({limits.read_small_pages_gbps:.1f} from small pages); "
+        f"multiply-adds in GFLOP/s (int8: GOP/s): {dots}"
+    )
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", pad_edge=False, box=box.SIMPLE_HEAD)
+
+
+def rich_tables(report: Report) -> list[Table]:
+    """One table per matrix and format, and one for packing."""
+    tables = []
+    for title, rows in sections(report.rows):
+        columns = columns_for(rows)
+        table = _table(title)
+        for column in columns:
+            left = column.title == "kernel"
+            table.add_column(column.title, justify="left" if left else "right", no_wrap=True)
+        for row in rows:
+            style = "bold" if row.kernel == OURS else None
+            table.add_row(*(column.cell(row) for column in columns), style=style)
+        tables.append(table)
+    if report.packing:
+        table = _table("packing at load")
+        for title in PACK_TITLES:
+            table.add_column(title, justify="right", no_wrap=True)
+        for pack in report.packing:
+            table.add_row(*pack_cells(pack))
+        tables.append(table)
+    return tables

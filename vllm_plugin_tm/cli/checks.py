@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `vllm-tm doctor` looks at, one function per section. Nothing here prints."""
+
+import importlib.metadata
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from vllm_plugin_tm import envs, versions
+from vllm_plugin_tm.kernels import ops
+from vllm_plugin_tm.quantization import support_matrix
+
+State = Literal["ok", "info", "warn", "fail"]
+
+_DISTRIBUTION = "vllm-plugin-tm"
+# Processor features that some kernel, ours or upstream's, is chosen by.
+_FLAGS = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx_vnni",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+)
+# Shapes do not matter to the matrix as long as they fit: a layer that every group size divides.
+_SAMPLE_SIZE = 4096
+_SAMPLE_GROUPS = (32, 64, 128, support_matrix.CHANNEL)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line: `state` "fail" means broken, "warn" worth knowing, "info" merely so."""
+
+    name: str
+    state: State
+    detail: str
+
+
+@dataclass
+class Report:
+    """Everything doctor found, by section title."""
+
+    sections: dict[str, list[Check]] = field(default_factory=dict)
+
+    def checks(self) -> Iterator[Check]:
+        """All checks of all sections, in order."""
+        for section in self.sections.values():
+            yield from section
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is broken."""
+        return all(check.state != "fail" for check in self.checks())
+
+
+def gather() -> Report:
+    """Runs every section. A section that cannot go on says so as a failed check of its own."""
+    report = Report()
+    for title, section in _SECTIONS.items():
+        report.sections[title] = _guarded(title, section)
+    return report
+
+
+def _guarded(title: str, section: Callable[[], list[Check]]) -> list[Check]:
+    try:
+        return section()
+    # A doctor that dies of the illness is of no use: whatever goes wrong is the finding.
+    except Exception as error:
+        return [Check(title.lower(), "fail", f"{type(error).__name__}: {error}")]
+
+
+def _versions() -> list[Check]:
+    checks = [Check("python", "info", platform.python_version())]
+    for name in (_DISTRIBUTION, "torch", "compressed-tensors", "transformers"):
+        try:
+            checks.append(Check(name, "info", importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            checks.append(Check(name, "fail", "not installed"))
+    checks.append(_vllm_version())
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        checks.append(
+            Check("vllm command", "warn", 'no distribution is named "vllm": `vllm` cannot start')
+        )
+    return checks
+
+
+def _vllm_version() -> Check:
+    try:
+        import vllm
+    except ImportError as error:
+        return Check("vllm", "fail", f"cannot be imported: {error}")
+    warning = versions.vllm_warning(vllm.__version__)
+    if warning:
+        return Check("vllm", "warn", warning)
+    return Check("vllm", "ok", f"{vllm.__version__}, tested")
+
+
+def _environment() -> list[Check]:
+    checks = []
+    for variable in envs.VARIABLES:
+        try:
+            variable.read()
+            given = "" if variable.name in envs.given() else " (default)"
+            text = envs.text(variable.name)
+            checks.append(Check(variable.name, "ok", f"{text}{given}: {variable.doc}"))
+        except envs.EnvError as error:
+            checks.append(Check(variable.name, "fail", str(error)))
+    if all(check.state == "ok" for check in checks):
+        try:
+            envs.validate()
+        except envs.EnvError as error:
+            checks.append(Check("names", "fail", str(error)))
+    return checks
+
+
+def _processor() -> list[Check]:
+    import torch
+
+    model, flags = _cpuinfo()
+    present = [flag for flag in _FLAGS if flag in flags]
+    return [
+        Check("processor", "info", f"{model}, {platform.machine()}"),
+        Check("features", "info", " ".join(present) or "none that matter here"),
+        Check("threads", "info", f"{torch.get_num_threads()} for torch and for these kernels"),
+        Check("GPU", "info", "present, not used yet" if torch.cuda.is_available() else "none"),
+        _instruction_sets(),
+    ]
+
+
+def _instruction_sets() -> Check:
+    ops.load()
+    usable = ops.cpu_isas()
+    if not usable:
+        return Check("kernels for", "warn", "nothing: AVX2 and FMA are the least")
+    wanted = envs.isa()
+    if wanted != "auto" and wanted not in usable:
+        return Check(
+            "kernels for", "fail", f"{envs.ISA.name}={wanted}, but only {', '.join(usable)} can run"
+        )
+    chosen = usable[0] if wanted == "auto" else wanted
+    return Check("kernels for", "ok", f"{', '.join(usable)}; in use: {chosen}")
+
+
+def _cpuinfo() -> tuple[str, frozenset[str]]:
+    """Model name and flags of the first processor in /proc/cpuinfo, empty where there is none."""
+    path = Path("/proc/cpuinfo")
+    entries: dict[str, str] = {}
+    if path.is_file():
+        for line in path.read_text().split("\n\n")[0].splitlines():
+            key, _, value = line.partition(":")
+            entries[key.strip()] = value.strip()
+    return entries.get("model name", "unknown"), frozenset(entries.get("flags", "").split())
+
+
+def _plugin() -> list[Check]:
+    """Whether vLLM finds the plugin, and what registering it here and now does."""
+    import vllm.envs
+
+    import vllm_plugin_tm
+
+    entry_points = importlib.metadata.entry_points(group="vllm.general_plugins")
+    ours = [entry.name for entry in entry_points if entry.value.startswith("vllm_plugin_tm:")]
+    checks = [
+        Check("entry point", "ok", f"vllm.general_plugins: {ours[0]}")
+        if ours
+        else Check("entry point", "fail", "vLLM does not see the plugin: is it installed by pip?")
+    ]
+    allowed = vllm.envs.VLLM_PLUGINS
+    if ours and allowed is not None and ours[0] not in allowed:
+        checks.append(
+            Check("VLLM_PLUGINS", "warn", f"{allowed} leaves out {ours[0]}: vLLM will not load it")
+        )
+    try:
+        vllm_plugin_tm.register()
+    except Exception as error:
+        return [*checks, Check("register", "fail", f"{type(error).__name__}: {error}")]
+    state = "on" if envs.enabled() else "off: VLLM_PLUGIN_TM=1 turns it on"
+    return [*checks, Check("switch", "info", state)]
+
+
+def _patches() -> list[Check]:
+    from vllm_plugin_tm.patch import apply
+
+    checks = []
+    for row in apply.status():
+        if row.problems:
+            checks.append(Check(row.name, "fail", "\n".join(row.problems)))
+            continue
+        state = "applied" if row.applied else "not applied, upstream is as expected"
+        checks.append(Check(row.name, "ok", f"{state}: {row.kind} {row.target}"))
+    return checks
+
+
+def _matrix() -> list[Check]:
+    from vllm_plugin_tm import machine
+
+    here = machine.detect()
+    checks = []
+    for row in support_matrix.MATRIX:
+        for weight_type in row.weight_types:
+            for act_dtype in row.act_dtypes:
+                verdicts = {
+                    group: support_matrix.check(
+                        _sample(weight_type, act_dtype, group), here, envs.schemes(), row.scheme
+                    )
+                    for group in _SAMPLE_GROUPS
+                }
+                reasons = {v.reason for v in verdicts.values() if v.reason}
+                groups = ", ".join(
+                    "channel" if group == support_matrix.CHANNEL else str(group)
+                    for group, verdict in verdicts.items()
+                    if verdict.ok
+                )
+                detail = f"groups {groups}" if groups else f"upstream's: {'; '.join(reasons)}"
+                name = f"{row.scheme} {weight_type} {act_dtype}"
+                checks.append(Check(name, "ok" if groups else "info", detail))
+    return checks
+
+
+def _sample(weight_type: str, act_dtype: str, group_size: int) -> support_matrix.Request:
+    return support_matrix.Request(
+        weight_type=weight_type,
+        zero_points=support_matrix.needs_zero_points(weight_type),
+        group_size=group_size,
+        act_dtype=act_dtype,
+        k=_SAMPLE_SIZE,
+        n=_SAMPLE_SIZE,
+        full_k=_SAMPLE_SIZE,
+    )
+
+
+def _self_test() -> list[Check]:
+    """Every kernel on every instruction set that this processor has, not only the one in use."""
+    from vllm_plugin_tm import selftest
+
+    ops.load()
+    usable = ops.cpu_isas()
+    if not usable:
+        return [Check("self-test", "info", "no kernel runs on this processor")]
+    in_use = ops.get_isa()
+    checks = []
+    try:
+        for isa in usable:
+            ops.set_isa(isa)
+            for row in support_matrix.MATRIX:
+                result = selftest.run(row.scheme)
+                detail = f"worst error {result.error:.2f} of what rounding explains"
+                if not result.ok:
+                    detail += f", at {result.detail}"
+                checks.append(
+                    Check(f"{result.kernel} {isa}", "ok" if result.ok else "fail", detail)
+                )
+    finally:
+        ops.set_isa(in_use)
+    return checks
+
+
+_SECTIONS: dict[str, Callable[[], list[Check]]] = {
+    "Versions": _versions,
+    "Environment": _environment,
+    "Machine": _processor,
+    "Plugin": _plugin,
+    "Patches": _patches,
+    "Support matrix on this machine": _matrix,
+    "Self-test": _self_test,
+}
