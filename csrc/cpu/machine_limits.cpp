@@ -11,8 +11,8 @@ namespace turbo::cpu {
 namespace {
 
 constexpr size_t kLine = 64;
-/// Distance of the software prefetch: some lines more than memory latency (about 100 ns) times one
-/// core's bandwidth, and at least a page ahead of the hardware's, which stop at page ends.
+/// Distance of the software prefetch, one small page: a little more than memory latency (about
+/// 100 ns) times one core's bandwidth, and across the page ends at which hardware prefetch stops.
 constexpr size_t kPrefetchBytes = 64 * kLine;
 constexpr size_t kBlock = 8 * kLine;
 

@@ -9,6 +9,7 @@ from vllm_plugin_tm.kernels import reference
 
 _ROWS = 4
 _CHANNELS = 64
+_SMALL_BATCH = 16
 
 # Largest accepted ||y - ref|| / ||ref||. Rounding y to 8 (bf16) or 11 (f16) bits costs 0.3 of a
 # unit in the last place on average, and a peer may also round each weight and sum in another order:
@@ -26,7 +27,7 @@ class WrongResultError(RuntimeError):
 
 
 def check(peer: Peer, weights: Weights, x: Tensor) -> float:
-    """Compares the peer's first and last weight copy with the float64 reference.
+    """Compares the peer's first weight copy, of a small batch the last too, with the reference.
 
     Some rows of x [M, K] and some output channels at the start, middle and end are compared: the
     tests, not the bench, look at every element.
@@ -47,7 +48,9 @@ def check(peer: Peer, weights: Weights, x: Tensor) -> float:
     )
     peer.select()
     worst = 0.0
-    for apply in (peer.applies[0], peer.applies[-1]):
+    # A large batch takes seconds on a slow peer; by then both copies were checked on a small one.
+    last = peer.applies[-1:] if len(x) <= _SMALL_BATCH else ()
+    for apply in (peer.applies[0], *last):
         got = apply(x)[rows][:, columns].double()
         error = float((got - expected).norm() / expected.norm())
         if not error <= _BOUND[x.dtype]:

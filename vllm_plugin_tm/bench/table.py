@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from vllm_plugin_tm.bench.cases import OURS, OURS_SYMMETRIC, Format
@@ -123,6 +124,12 @@ def _limits(limits: Limits) -> str:
 
 def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", pad_edge=False, box=box.SIMPLE_HEAD)
+
+
+def width(tables: list[Table]) -> int:
+    """Columns of text that the widest table needs."""
+    wide = Console(width=1000)
+    return max((wide.measure(table).maximum for table in tables), default=0)
 
 
 def rich_tables(report: Report) -> list[Table]:

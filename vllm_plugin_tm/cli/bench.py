@@ -16,8 +16,6 @@ from vllm_plugin_tm.bench import cases, machine, options, plot
 from vllm_plugin_tm.bench import timing as effort
 from vllm_plugin_tm.kernels import ops
 
-_TABLE_WIDTH = 112
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `vllm-tm bench`."""
@@ -85,10 +83,11 @@ def run(args: argparse.Namespace, more: tuple[Callable, ...] = ()) -> int:
         args.json.write_text(results.to_json(report))
     if args.plot:
         plot.save(report, args.plot)
-    # A narrow terminal wraps a line; rich would cut off figures.
-    out = Console(width=max(Console().width, _TABLE_WIDTH))
+    tables = table.rich_tables(report)
+    # Where a table is wider than the terminal, that wraps its lines; rich would cut off figures.
+    out = Console(width=max(Console().width, table.width(tables)))
     say = partial(out.print, highlight=False, markup=False, soft_wrap=True)
-    for drawn in table.rich_tables(report):
+    for drawn in tables:
         out.print(drawn)
         say("")
     for line in table.conditions(report):

@@ -2,7 +2,7 @@
 """Patch: the loaders refuse incomplete and damaged checkpoints, and log the layer table."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -51,7 +51,9 @@ class _Checked(DefaultModelLoader):
             load_check.refuse_damaged(files)
         return found
 
-    def get_all_weights(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    def get_all_weights(
+        self, *args: Any, **kwargs: Any
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
         for name, tensor in super().get_all_weights(*args, **kwargs):
             self._reading = f"{name} ({tensor.dtype}, shape {tuple(tensor.shape)})"
             load_check.refuse_unfit(name, tensor, self._sources)

@@ -83,6 +83,9 @@ PATCHES: tuple[Patch, ...] = (
             f"{_LOADER}.default_loader:DefaultModelLoader.load_weights": (
                 "(self, model, model_config)"
             ),
+            f"{_LOADER}.default_loader:DefaultModelLoader.get_all_weights": (
+                "(self, model_config, model)"
+            ),
             f"{_LOADER}.default_loader:DefaultModelLoader._prepare_weights": (
                 "(self, model_name_or_path, subfolder, revision, fall_back_to_pt,"
                 " allow_patterns_overrides)"

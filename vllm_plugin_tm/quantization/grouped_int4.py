@@ -41,7 +41,7 @@ def read(
 ) -> GroupedInt4:
     """The named parameters of `module` in the one order, checked against `expected`.
 
-    Returns views where the order is right already. Raises ValueError naming layer, tensor, the
+    Copies only what is not in that order already. Raises ValueError naming layer, tensor, the
     expected and the found value for: a missing parameter, a parameter that does not declare its
     order (a weight that was packed before), codes packed along N, a wrong shape or dtype, and
     scales that are infinite or not a number.
@@ -91,7 +91,7 @@ def _oriented(module: torch.nn.Module, name: str, layer: str, packed_along: str 
                 f"{allowed} (its {packed_along} dimension)"
             )
     data = param.data
-    return data if output_dim == 0 else data.t().contiguous()
+    return (data if output_dim == 0 else data.t()).contiguous()
 
 
 def _check(layer: str, name: str, data: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:

@@ -84,9 +84,9 @@ class TMW4A16LinearKernel(MPLinearKernel):
     ) -> Tensor:
         """x [..., K] times the layer's weights plus bias [N], in x's dtype: [..., N]."""
         k, n = self.config.partition_weight_shape
-        # Of the configuration, hence the same in every call: nothing here depends on x.
-        has_zero_point = self.config.zero_points and self.w_zp_name is not None
-        zero_point = getattr(layer, self.w_zp_name) if has_zero_point else None  # type: ignore[arg-type]
+        # Depends on the configuration only: nothing here may depend on x (see torch.compile).
+        asymmetric = self.config.zero_points
+        zero_point = getattr(layer, self.w_zp_name) if asymmetric and self.w_zp_name else None
         return torch.ops.vllm_plugin_tm.w4a16_linear(
             x,
             getattr(layer, self.w_q_name),

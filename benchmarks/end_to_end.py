@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens per second of whole engines on one model: vLLM with the plugin, vLLM without it, vLLM in
+bf16, and llama.cpp, in turns.
+
+    python benchmarks/end_to_end.py --json end_to_end.json
+
+Batch 1, greedy, made-up weights (`--load-format dummy`): speed does not depend on their values.
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import shlex
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+
+import llama_1b
+import llamacpp_peer
+import peer_venv
+from workers import ASK_DECODE, ASK_PREFILL, Engine, Worker, WorkerError
+
+from vllm_plugin_tm.bench import machine
+
+SCHEMA = 1
+PLUGIN, UPSTREAM, BF16, LLAMACPP = "plugin", "upstream W4A16", "upstream bf16", "llama.cpp Q4_0"
+_ENGINES = {"plugin": PLUGIN, "upstream": UPSTREAM, "bf16": BF16, "llamacpp": LLAMACPP}
+# What the log of each vLLM must have and must not: the kernel classes that it chose.
+_OURS, _UPSTREAMS = "TMW4A16LinearKernel", "CPUWNA16LinearKernel"
+_LOGS = {
+    "plugin": (f"Using {_OURS}", (f"Using {_UPSTREAMS}",)),
+    "upstream": (f"Using {_UPSTREAMS}", (_OURS,)),
+    "bf16": ("", (_OURS, _UPSTREAMS)),
+}
+
+
+def main() -> int:
+    """Exit status 0 when measured, 1 when an engine failed, 2 when llama.cpp cannot be had."""
+    args = _arguments()
+    with contextlib.ExitStack() as stack:
+        directory = args.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            running = [stack.enter_context(_start(name, args, directory)) for name in args.engines]
+            measured = _measure(running, args)
+        except WorkerError as error:
+            print(error, file=sys.stderr)
+            return 1
+        except peer_venv.PeerError as error:
+            print(f"llama.cpp is not to be had: {error}", file=sys.stderr)
+            return 2
+    report = _report(args, measured, {w.engine.name: w.load_s for w in running})
+    print(_text(report))
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--engines",
+        type=_engine_names,
+        default=tuple(_ENGINES),
+        metavar="NAME,...",
+        help=f"of {', '.join(_ENGINES)} (default: all)",
+    )
+    parser.add_argument("--threads", type=int, default=len(machine.usable_cpus()))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--decode", type=int, default=128, metavar="TOKENS")
+    parser.add_argument("--prefill", type=int, default=512, metavar="TOKENS")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="for model files, logs and venv")
+    return parser.parse_args()
+
+
+def _engine_names(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in _ENGINES:
+            known = ", ".join(_ENGINES)
+            raise argparse.ArgumentTypeError(f"{name!r} is not an engine; known are {known}")
+    return names
+
+
+def _start(name: str, args: argparse.Namespace, directory: Path) -> Worker:
+    print(f"loading {_ENGINES[name]} ...", file=sys.stderr, flush=True)
+    log = directory / f"{name}.log"
+    if name == "llamacpp":
+        return Worker(llamacpp_peer.engine(LLAMACPP, directory, args.threads), log)
+    quantized = name != "bf16"
+    model = llama_1b.write(directory / ("w4a16" if quantized else "bf16"), quantized=quantized)
+    cpus = machine.usable_cpus()[: args.threads]
+    environment: dict[str, str | None] = {
+        "VLLM_PLUGIN_TM": "1" if name == "plugin" else None,
+        # All processors for the model: the figures are about kernels, and nothing else runs.
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cpus)),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+    worker = Path(__file__).with_name("vllm_worker.py")
+    command = [sys.executable, str(worker), str(model)]
+    has, lacks = _LOGS[name]
+    return Worker(Engine(_ENGINES[name], command, environment, has, lacks), log)
+
+
+def _measure(running: list[Worker], args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """engine -> "decode" or "prefill" -> tokens per second, one entry per round."""
+    kinds = {ASK_DECODE: args.decode, ASK_PREFILL: args.prefill}
+    found = {w.engine.name: {kind: [] for kind in kinds} for w in running}
+    for turn in range(args.repeats + 1):
+        for kind, tokens in kinds.items():
+            for worker in running:
+                rate = worker.ask(kind, tokens)
+                name = worker.engine.name
+                print(f"round {turn}: {name}: {kind} {rate:.1f} tok/s", file=sys.stderr, flush=True)
+                if turn:  # round 0 warms up
+                    found[name][kind].append(rate)
+    return found
+
+
+def _report(args: argparse.Namespace, measured: dict, load_s: dict[str, float]) -> dict:
+    """Rates of every round, their medians, and the plugin's ratio to each from paired rounds."""
+    own = measured.get(PLUGIN)
+    ratios = {}
+    for name, rates in measured.items():
+        if own and name != PLUGIN:
+            ratios[name] = {
+                kind: median(a / b for a, b in zip(own[kind], rates[kind], strict=True))
+                for kind in rates
+            }
+    return {
+        "schema": SCHEMA,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "machine": asdict(machine.describe(args.threads)),
+        "model": llama_1b.SUMMARY,
+        "tokens": {ASK_DECODE: args.decode, ASK_PREFILL: args.prefill},
+        "rates": measured,
+        "medians": {n: {k: median(v) for k, v in rates.items()} for n, rates in measured.items()},
+        "plugin_over": ratios,
+        "load_s": load_s,
+    }
+
+
+def _text(report: dict) -> str:
+    lines = [f"{report['model']}; {report['date']}"]
+    for name, medians in report["medians"].items():
+        lines.append(
+            f"{name:16s} decode {medians[ASK_DECODE]:7.1f} tok/s, "
+            f"prefill {medians[ASK_PREFILL]:7.1f} tok/s, loaded in {report['load_s'][name]:.0f} s"
+        )
+    for name, ratio in report["plugin_over"].items():
+        decode, prefill = ratio[ASK_DECODE], ratio[ASK_PREFILL]
+        lines.append(f"plugin over {name}: decode {decode:.2f}x, prefill {prefill:.2f}x")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

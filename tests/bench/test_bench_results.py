@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""results.py, limits.py and the page's tables: the arithmetic of every figure, JSON, Markdown."""
+
+import json
+
+import goals
+import make_page
+import pytest
+from bench_reports import limits, report, rows
+
+from vllm_plugin_tm.bench import results, table
+from vllm_plugin_tm.bench.limits import buffer_bytes, dot_kind, drift
+
+_MOVED = 8_000_000 + (4096 + 4096) * 2
+
+
+def test_figures_of_a_row():
+    own = rows()[0]
+    assert own.bytes == _MOVED
+    assert own.ms == pytest.approx(0.25)
+    assert own.gbps == pytest.approx(_MOVED / 0.25e-3 / 1e9)
+    assert own.bandwidth_fraction == pytest.approx(own.gbps / 40.0)
+    assert own.gflops == pytest.approx(2 * 4096 * 4096 / 0.25e-3 / 1e9)
+    assert own.dot_fraction == pytest.approx(own.gflops / 400.0)
+    assert own.intensity == pytest.approx(own.flops / own.bytes)
+    assert own.ms_p10 < own.ms < own.ms_p90
+
+
+def test_roofline_fraction_is_of_the_smaller_bound():
+    for row in rows() + rows(m=128):
+        bound = min(row.limits.dot_gflops, row.intensity * row.limits.read_gbps)
+        assert row.roofline_fraction == pytest.approx(row.gflops / bound)
+
+
+def test_speedups_are_against_the_others_only():
+    own, twin, upstream, torch = rows(asymmetric=True)
+    assert own.speedups == pytest.approx({"tm-symmetric": 0.96, "upstream": 6.4, "torch": 4.0})
+    assert upstream.speedups["torch"] == pytest.approx(1.0 / 1.6)
+    assert not own.symmetric
+    assert twin.symmetric
+    assert "torch" not in torch.speedups
+
+
+def test_drift_names_only_what_there_is():
+    assert drift(limits(40, 400), limits(42, 300)) == pytest.approx(
+        {"read": 0.05, "bf16": -0.25, "fma32": -0.25}
+    )
+
+
+def test_dot_kind_falls_back_and_refuses():
+    assert dot_kind("bf16", {"bf16": 2, "fma32": 1}.get) == "bf16"
+    assert dot_kind("bf16", {"bf16": 0, "fma32": 1}.get) == "fma32"
+    assert dot_kind("f32", {"bf16": 2, "fma32": 1}.get) == "fma32"
+    with pytest.raises(ValueError, match=r"none of the instructions .* for f32"):
+        dot_kind("f32", lambda kind: 0)
+
+
+def test_limit_buffer_is_four_caches_in_whole_huge_pages():
+    assert buffer_bytes(32 * 2**20) == 128 * 2**20
+    assert buffer_bytes(100_000) == 2 * 2**20
+
+
+def test_json_there_and_back(made_up):
+    text = results.to_json(made_up)
+    assert results.from_json(text) == made_up
+    data = json.loads(text)
+    assert data["schema"] == results.SCHEMA
+    assert set(data) == {
+        "schema", "date", "command", "machine", "before", "after", "rows", "packing", "skipped",
+    }  # fmt: skip
+    assert data["rows"][0]["roofline_fraction"] == made_up.rows[0].roofline_fraction
+    assert data["packing"][0]["gbps"] == pytest.approx(8_388_608 / 2e-3 / 1e9)
+
+
+@pytest.mark.parametrize("text", ['{"schema": 99}', "{}", "[]"])
+def test_another_schema_is_refused(text):
+    with pytest.raises(ValueError, match=r"not a report of `vllm-tm bench --json`: schema"):
+        results.from_json(text)
+
+
+def test_a_run_on_a_busy_machine_says_so():
+    quiet = table.conditions(report())
+    busy = table.conditions(report(after=limits(read=30.0)))
+    assert not any("WARNING" in line for line in quiet)
+    assert any("moved by more than 10 %" in line for line in busy)
+
+
+def test_sections_keep_the_symmetric_twin_with_its_case(made_up):
+    titles = [title for title, _ in table.sections(made_up.rows)]
+    assert titles == [
+        "4096 x 4096, group 128, symmetric, bf16",
+        "4096 x 4096, group 128, asymmetric, bf16",
+    ]
+    asymmetric = table.sections(made_up.rows)[1][1]
+    assert [row.kernel for row in asymmetric] == ["tm", "tm-symmetric", "upstream", "torch"]
+
+
+def test_terminal_tables_show_every_figure(made_up):
+    from rich.console import Console
+
+    tables = table.rich_tables(made_up)
+    console = Console(width=table.width(tables), record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for drawn in tables:
+        console.print(drawn)
+    text = console.export_text()
+    for shown in ("tm avx512bf16", "0.250", "0.230-0.270", "80 %", "6.40x", "x symmetric", "0.96x"):
+        assert shown in text
+    assert "…" not in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.01234, "0.012"), (1.234, "1.23"), (12.34, "12.3"), (123.4, "123")]
+)
+def test_milliseconds(value, text):
+    assert table.milliseconds(value) == text
+
+
+def test_goals_judge_the_large_matrices(made_up):
+    outcomes = {o.goal.name: o for o in goals.of_kernels([made_up])}
+    bandwidth = outcomes["M=1: of read bandwidth"]
+    assert bandwidth.worst[0] == pytest.approx(_MOVED / 0.25e-3 / 1e9 / 40.0)
+    assert bandwidth.reached == len(bandwidth.figures) == 2
+    assert outcomes["asymmetric: speed over symmetric"].median == pytest.approx(0.96)
+    assert outcomes["packing: GB/s of 4-bit data"].worst[1].startswith("4096 x 4096, group 128")
+    assert "M=16: times zentorch" not in outcomes
+
+
+def test_a_missed_goal_shows_how_many_cases_miss_it():
+    slow = report()
+    upstream = [o for o in goals.of_kernels([slow]) if o.goal.name == "M>=128: times torch bf16"]
+    assert upstream[0].reached == 1
+    missed = goals.Outcome(goals.Goal("x", 1.0, None), ((0.5, "a"), (2.0, "b")))
+    assert (missed.reached, missed.worst, missed.median) == (1, (0.5, "a"), 1.25)
+
+
+def test_page_is_written_between_its_marks(made_up, tmp_path, monkeypatch):
+    page, bench, engines = (tmp_path / name for name in ("page.md", "bench.json", "e2e.json"))
+    page.write_text(f"before\n{make_page.BEGIN}\nold\n{make_page.END}\nafter\n")
+    bench.write_text(results.to_json(made_up))
+    engines.write_text(json.dumps(_engine_report()))
+    argv = ["make_page.py", "--bench", bench, "--end-to-end", engines, page]
+    monkeypatch.setattr("sys.argv", [str(arg) for arg in argv])
+    assert make_page.main() == 0
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    for shown in (
+        "| 4096 x 4096 | 1 | 0.250 |",
+        "| M=1: times upstream | 5.00 |  | 6.40 |",
+        "| plugin | 50.0 | 49.0-51.0 |",
+        "| decode: times upstream W4A16 | 3.50 |  | 5.00 |",
+        "upstream: made-up reason",
+    ):
+        assert shown in text
+    assert make_page.main() == 0
+    assert page.read_text() == text
+
+
+def test_page_without_marks_is_left_alone(made_up, tmp_path, monkeypatch, capsys):
+    page, bench = tmp_path / "page.md", tmp_path / "bench.json"
+    page.write_text("words\n")
+    bench.write_text(results.to_json(made_up))
+    monkeypatch.setattr("sys.argv", ["make_page.py", "--bench", str(bench), str(page)])
+    assert make_page.main() == 2
+    assert "the page lacks the marks" in capsys.readouterr().err
+    assert page.read_text() == "words\n"
+
+
+def test_the_docs_page_has_its_marks(repository):
+    page = (repository / "docs" / "benchmarks.md").read_text()
+    assert "new" in make_page.replaced(page, "new")
+
+
+def _engine_report():
+    rates = {
+        "plugin": {"decode": [49.0, 50.0, 51.0], "prefill": [300.0, 310.0, 290.0]},
+        "upstream W4A16": {"decode": [10.0, 10.0, 10.0], "prefill": [150.0, 150.0, 150.0]},
+    }
+    machine = json.loads(results.to_json(report()))["machine"]
+    return {
+        "date": "2026-01-02 03:04 UTC",
+        "command": "end_to_end.py",
+        "model": "Llama-1B shapes",
+        "machine": machine,
+        "tokens": {"decode": 128, "prefill": 512},
+        "rates": rates,
+        "medians": {
+            "plugin": {"decode": 50.0, "prefill": 300.0},
+            "upstream W4A16": {"decode": 10.0, "prefill": 150.0},
+        },
+        "plugin_over": {"upstream W4A16": {"decode": 5.0, "prefill": 2.0}},
+    }

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scripts of benchmarks/ without any engine: worker processes, model configuration, reports."""
+
+import json
+import os
+import signal
+import sys
+import textwrap
+from pathlib import Path
+
+import end_to_end
+import llama_1b
+import pytest
+import workers
+
+_SCRIPT = """
+import sys, time
+sys.path.insert(0, {benchmarks!r})
+import workers
+
+def load():
+    print("noise that is no answer")
+    {during_load}
+    return lambda prompt, new: time.sleep(0.001 * (prompt + new))
+
+workers.serve(load)
+"""
+
+
+def _engine(tmp_path, during_load="pass", environment=None):
+    script = tmp_path / "worker.py"
+    benchmarks = str(Path(workers.__file__).parent)
+    script.write_text(
+        textwrap.dedent(_SCRIPT).format(benchmarks=benchmarks, during_load=during_load)
+    )
+    return workers.Engine("made-up", [sys.executable, str(script)], environment or {})
+
+
+def _state(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_worker_answers_and_is_stopped_between_questions(tmp_path):
+    with workers.Worker(_engine(tmp_path), tmp_path / "log") as worker:
+        pid = worker._process.pid
+        assert worker.ask(workers.ASK_DECODE, 4) > 0
+        assert worker.ask(workers.ASK_PREFILL, 8) > 0
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+        assert _state(pid) == "T"
+    assert "noise that is no answer" in (tmp_path / "log").read_text()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, signal.SIG_DFL)
+
+
+def test_worker_that_fails_to_load_shows_its_log(tmp_path):
+    engine = _engine(tmp_path, during_load="raise SystemExit('no such model')")
+    with pytest.raises(workers.WorkerError, match=r"(?s)made-up ended; .*no such model"):
+        workers.Worker(engine, tmp_path / "log")
+
+
+@pytest.mark.parametrize(
+    ("has", "lacks", "message"),
+    [
+        ("our kernel", (), "does not mention our kernel"),
+        ("noise", ("answer",), "mentions answer, and must not"),
+    ],
+)
+def test_worker_under_the_wrong_name_is_refused(tmp_path, has, lacks, message):
+    plain = _engine(tmp_path)
+    engine = workers.Engine(plain.name, plain.command, {}, log_has=has, log_lacks=lacks)
+    with pytest.raises(workers.WorkerError, match=message):
+        workers.Worker(engine, tmp_path / "log")
+
+
+def test_worker_environment_sets_and_unsets(tmp_path, monkeypatch):
+    monkeypatch.setenv("BENCH_GONE", "1")
+    check = (
+        "import os; assert os.environ.get('BENCH_SET') == 'x' and 'BENCH_GONE' not in os.environ"
+    )
+    engine = _engine(tmp_path, check, {"BENCH_SET": "x", "BENCH_GONE": None})
+    with workers.Worker(engine, tmp_path / "log"):
+        pass
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_model_configuration_is_understood(tmp_path, quantized):
+    transformers = pytest.importorskip("transformers")
+    directory = llama_1b.write(tmp_path / "model", quantized=quantized)
+    config = transformers.AutoConfig.from_pretrained(directory)
+    assert (config.hidden_size, config.intermediate_size) == (2048, 8192)
+    data = json.loads((directory / "config.json").read_text())
+    assert ("quantization_config" in data) is quantized
+    assert [path.name for path in directory.iterdir()] == ["config.json"]
+
+
+def test_engine_names_are_checked():
+    import argparse
+
+    assert end_to_end._engine_names("plugin,bf16") == ("plugin", "bf16")
+    with pytest.raises(argparse.ArgumentTypeError, match="'pluggin' is not an engine; known are"):
+        end_to_end._engine_names("pluggin")
+
+
+def test_end_to_end_report_pairs_its_rounds(monkeypatch):
+    import argparse
+
+    measured = {
+        "plugin": {"decode": [10.0, 20.0, 30.0], "prefill": [1.0, 1.0, 1.0]},
+        "upstream W4A16": {"decode": [5.0, 4.0, 10.0], "prefill": [2.0, 2.0, 2.0]},
+    }
+    args = argparse.Namespace(threads=2, decode=128, prefill=512)
+    report = end_to_end._report(args, measured, {"plugin": 1.0, "upstream W4A16": 2.0})
+    assert report["plugin_over"] == {"upstream W4A16": {"decode": 3.0, "prefill": 0.5}}
+    assert report["medians"]["plugin"]["decode"] == 20.0
+    assert "decode 3.00x, prefill 0.50x" in end_to_end._text(report)
+    assert json.loads(json.dumps(report)) == report or report["machine"]["flags"]

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of older vLLM versions: where they differ from the patch table's first form.
+
+Data only. A symbol and version that stand in neither table have the first signature that
+vllm_plugin_tm.patch.table accepts; tests/compat/test_contracts.py holds all of it exact.
+"""
+
+_LINEAR = "vllm.model_executor.kernels.linear"
+
+# Older forms that the patch table accepts: version -> symbol -> signature found.
+ACCEPTED: dict[str, dict[str, str]] = {
+    "0.28.0": {
+        # has_g_idx went in 0.30, when runtime activation reordering was dropped.
+        f"{_LINEAR}:MPLinearLayerConfig": (
+            "(full_weight_shape, partition_weight_shape, weight_type, act_type, group_size,"
+            " zero_points, has_g_idx, out_type=None)"
+        ),
+        f"{_LINEAR}:MPLinearKernel.__init__": (
+            "(self, c, w_q_param_name, w_s_param_name, w_zp_param_name=None,"
+            " w_gidx_param_name=None)"
+        ),
+    },
+}
+ACCEPTED["0.27.1"] = ACCEPTED["0.28.0"]
+
+# Forms that the table refuses: a registration with such a version ends in a PatchError.
+REFUSED: dict[str, dict[str, str]] = {
+    "0.27.1": {
+        # The third argument was renamed in 0.28.
+        "vllm.model_executor.utils:replace_parameter": (
+            "(layer, param_name, new_data, prefer_copy=False)"
+        ),
+    },
+}

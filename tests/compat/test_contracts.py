@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every upstream symbol we patch or call, held against the sources of several vLLM versions."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from known_differences import ACCEPTED, REFUSED
+
+from vllm_plugin_tm.patch.table import all_expectations
+from vllm_plugin_tm.versions import COMPAT_VLLM, TESTED_VLLM
+
+# Versions outside the tested range that are known to be refused: the check itself is checked.
+BEYOND = tuple(version for version in REFUSED if version not in COMPAT_VLLM)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", COMPAT_VLLM + BEYOND)
+def test_every_symbol_is_exactly_as_known(version, vllm_sources):
+    compat = pytest.importorskip("tools.compat", reason="needs pypi-simple")
+    wanted = compat.expectations()
+    different = ACCEPTED.get(version, {}) | REFUSED.get(version, {})
+    known = {
+        symbol: different.get(symbol, expected.split(" | ")[0])
+        for symbol, expected in wanted.items()
+    }
+    cells = compat.inspect_tree(vllm_sources(version), version, wanted)
+    assert {cell.symbol: cell.found for cell in cells} == known
+    broken = {cell.symbol for cell in cells if cell.verdict != "ok"}
+    assert broken == set(REFUSED.get(version, {}))
+
+
+def test_no_version_of_the_compat_range_is_known_to_be_refused():
+    assert not set(REFUSED) & set(COMPAT_VLLM)
+
+
+def test_every_alternative_of_the_table_was_seen_in_a_version():
+    """A form that no version has would accept an upstream that nobody has looked at."""
+    seen = {
+        (symbol, signature)
+        for version in COMPAT_VLLM
+        for symbol, signature in ACCEPTED.get(version, {}).items()
+    }
+    older = {
+        (symbol, form)
+        for symbol, expected in all_expectations().items()
+        for form in expected.split(" | ")[1:]
+    }
+    assert older == seen
+
+
+def test_tested_versions_are_within_the_contract_range():
+    assert set(TESTED_VLLM) <= set(COMPAT_VLLM)
+
+
+@pytest.mark.slow
+def test_the_sources_say_what_python_says_of_the_installed_vllm():
+    """The ast reader agrees with inspect.signature on every symbol of the table."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        pytest.skip("vLLM is not installed")
+    from tools.python_source import SourceTree
+    from vllm_plugin_tm.patch import apply
+
+    tree = SourceTree(Path(spec.origin).parents[1])
+    symbols = list(all_expectations())
+    assert {s: tree.describe(s) for s in symbols} == {s: apply.found_signature(s) for s in symbols}

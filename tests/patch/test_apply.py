@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""patch/: all or nothing, read back, and a table that tells the truth about the installed vLLM."""
+
+import dataclasses
+import importlib
+
+import pytest
+
+from vllm_plugin_tm.kernels import ops
+from vllm_plugin_tm.patch import table
+from vllm_plugin_tm.versions import TESTED_VLLM
+
+pytest.importorskip("vllm")
+if not ops.is_available():
+    pytest.skip("the extension is not built", allow_module_level=True)
+
+from vllm.model_executor import model_loader
+from vllm.model_executor.kernels import linear
+from vllm.platforms import PlatformEnum
+
+from vllm_plugin_tm.patch import apply
+
+
+def upstream_state():
+    return (
+        list(linear._POSSIBLE_KERNELS[PlatformEnum.CPU]),
+        dict(model_loader._LOAD_FORMAT_TO_MODEL_LOADER),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _untouched():
+    before = upstream_state()
+    yield
+    apply.remove()
+    assert upstream_state() == before
+
+
+def test_apply_is_idempotent_and_read_back():
+    apply.apply()
+    once = upstream_state()
+    apply.apply()
+    assert upstream_state() == once
+    assert [(row.name, row.applied, row.problems) for row in apply.status()] == [
+        ("mixed_precision", True, ()),
+        ("model_loader", True, ()),
+    ]
+
+
+def test_status_tells_what_is_not_applied():
+    assert [row.applied for row in apply.status()] == [False, False]
+    apply.apply()
+    linear._POSSIBLE_KERNELS[PlatformEnum.CPU].reverse()
+    assert [row.applied for row in apply.status()] == [False, True]
+    linear._POSSIBLE_KERNELS[PlatformEnum.CPU].reverse()
+
+
+def test_every_expectation_holds_in_the_installed_vllm():
+    for symbol, expected in table.all_expectations().items():
+        assert table.accepts(expected, apply.found_signature(symbol)), symbol
+
+
+@pytest.mark.parametrize("symbol", list(table.all_expectations()))
+def test_each_moved_symbol_stops_everything(monkeypatch, symbol):
+    """Whatever single thing upstream changes, nothing is patched and the error names it."""
+    before = upstream_state()
+    real = apply.found_signature
+
+    def moved(name):
+        return "(something, else)" if name == symbol else real(name)
+
+    monkeypatch.setattr(apply, "found_signature", moved)
+    with pytest.raises(apply.PatchError) as caught:
+        apply.apply()
+    text = str(caught.value)
+    assert symbol in text
+    assert "(something, else)" in text
+    assert table.all_expectations()[symbol] in text
+    assert all(version in text for version in TESTED_VLLM)
+    assert upstream_state() == before
+
+
+def test_a_missing_symbol_stops_everything(monkeypatch):
+    monkeypatch.delattr(linear, "choose_mp_linear_kernel")
+    with pytest.raises(apply.PatchError, match=r"choose_mp_linear_kernel: .*found nothing"):
+        apply.apply()
+
+
+@pytest.mark.parametrize("failure", ["install raises", "cannot be read back"])
+def test_a_late_failure_takes_the_earlier_patches_back(monkeypatch, failure):
+    before = upstream_state()
+    last = importlib.import_module(f"vllm_plugin_tm.patch.{table.PATCHES[-1].name}")
+
+    def broken():
+        raise RuntimeError("no")
+
+    if failure == "install raises":
+        monkeypatch.setattr(last, "install", broken)
+    else:
+        monkeypatch.setattr(last, "installed", lambda: False)
+    with pytest.raises(RuntimeError):
+        apply.apply()
+    assert upstream_state() == before
+
+
+def test_upstream_that_lacks_an_import_is_a_patch_error(monkeypatch):
+    def gone(_):
+        raise ImportError("no KVCacheMethod")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(apply, "_module", gone)
+        with pytest.raises(apply.PatchError, match="no KVCacheMethod"):
+            apply.apply()
+
+
+def test_the_kernel_wins_selection_and_upstreams_without_it():
+    import torch
+    from vllm.scalar_type import scalar_types
+
+    config = linear.MPLinearLayerConfig(
+        full_weight_shape=(256, 256),
+        partition_weight_shape=(256, 256),
+        weight_type=scalar_types.uint4b8,
+        act_type=torch.bfloat16,
+        group_size=32,
+        zero_points=False,
+    )
+    off = linear.choose_mp_linear_kernel(config).__name__
+    apply.apply()
+    assert linear.choose_mp_linear_kernel(config).__name__ == "TMW4A16LinearKernel"
+    # What we decline goes to upstream's kernel as if we were not there.
+    other = dataclasses.replace(config, group_size=2)
+    assert linear.choose_mp_linear_kernel(other).__name__ == off
+    apply.remove()
+    assert linear.choose_mp_linear_kernel(config).__name__ == off
+
+
+def test_loaders_keep_their_names_and_formats():
+    upstream = dict(model_loader._LOAD_FORMAT_TO_MODEL_LOADER)
+    apply.apply()
+    for load_format, loader in model_loader._LOAD_FORMAT_TO_MODEL_LOADER.items():
+        assert loader.__name__ == upstream[load_format].__name__
+        assert issubclass(loader, upstream[load_format])
+
+
+def test_the_table_explains_every_patch():
+    for patch in table.PATCHES:
+        assert patch.target in patch.expects
+        assert all((patch.why, patch.how, patch.delete_when))
+        assert set(TESTED_VLLM) <= set(patch.tested)
+
+
+def test_the_table_is_importable_without_torch_and_vllm():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from vllm_plugin_tm.patch import table; "
+        "assert not {'torch', 'vllm'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

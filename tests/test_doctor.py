@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-tm doctor`: green where all is well, 1 and the culprit's name where something is broken."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from vllm_plugin_tm import cli, envs
+from vllm_plugin_tm.cli import checks, doctor
+from vllm_plugin_tm.kernels import ops
+
+needs_extension = pytest.mark.skipif(not ops.is_available(), reason="the extension is not built")
+
+
+@pytest.fixture
+def patched_back():
+    yield
+    pytest.importorskip("vllm")
+    if ops.is_available():
+        from vllm_plugin_tm.patch import apply
+
+        apply.remove()
+
+
+@pytest.mark.slow
+@needs_extension
+def test_the_command_is_green_and_prints_nothing_but_json():
+    pytest.importorskip("vllm")
+    process = subprocess.run(
+        [sys.executable, "-m", "vllm_plugin_tm.cli", "doctor", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    report = json.loads(process.stdout)
+    assert report["ok"]
+    assert list(report["sections"]) == list(checks._SECTIONS)
+    found = {check["name"]: check for group in report["sections"].values() for check in group}
+    for isa in ops.cpu_isas():
+        assert found[f"w4a16_linear {isa}"]["state"] == "ok"
+    assert found["mixed_precision"]["detail"].startswith("not applied")
+
+
+@needs_extension
+def test_with_the_switch_on_patches_are_shown_as_applied(monkeypatch, capsys, patched_back):
+    pytest.importorskip("vllm")
+    monkeypatch.setenv("VLLM_PLUGIN_TM", "1")
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "applied: registry vllm.model_executor.kernels.linear:_POSSIBLE_KERNELS" in text
+    assert text.rstrip().endswith("Everything works.")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "culprit"),
+    [
+        ("VLLM_PLUGIN_TM", "maybe", "VLLM_PLUGIN_TM"),
+        ("VLLM_PLUGIN_TM_ISA", "sse", "VLLM_PLUGIN_TM_ISA"),
+        ("VLLM_PLUGIN_TM_SPEED", "11", "names"),
+    ],
+)
+def test_wrong_variables_are_found(monkeypatch, name, value, culprit):
+    monkeypatch.setenv(name, value)
+    failed = [check for check in checks._environment() if check.state == "fail"]
+    assert [check.name for check in failed] == [culprit]
+    assert name in failed[0].detail
+
+
+def broken_extension(monkeypatch):
+    def load():
+        raise ops.ExtensionMissing("no such file")
+
+    monkeypatch.setattr(ops, "load", load)
+
+
+def broken_kernel(monkeypatch):
+    from vllm_plugin_tm import selftest
+
+    bad = selftest.Result("w4a16_linear", "avx2", 7.0, False, "M=1")
+    monkeypatch.setattr(selftest, "run", lambda scheme: bad)
+
+
+def moved_upstream(monkeypatch):
+    from vllm_plugin_tm.patch import apply
+
+    monkeypatch.setattr(apply, "found_signature", lambda symbol: "(moved)")
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("break_it", "section", "word"),
+    [
+        (broken_extension, "Self-test", "no such file"),
+        (broken_kernel, "Self-test", "worst error 7.00"),
+        (moved_upstream, "Patches", "(moved)"),
+    ],
+)
+def test_broken_things_are_found(monkeypatch, break_it, section, word):
+    pytest.importorskip("vllm")
+    break_it(monkeypatch)
+    found = checks._guarded(section, checks._SECTIONS[section])
+    failed = [check for check in found if check.state == "fail"]
+    assert failed
+    assert any(word in check.detail for check in failed)
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_broken_thing_makes_the_status_1(monkeypatch, capsys, flags):
+    section = {"Machine": lambda: [checks.Check("disk", "fail", "on fire")]}
+    monkeypatch.setattr(checks, "_SECTIONS", section)
+    assert cli.main(["doctor", *flags]) == 1
+    text = capsys.readouterr().out
+    assert "on fire" in text
+    assert json.loads(text)["ok"] is False if flags else "broken: disk" in text
+
+
+def test_a_section_that_dies_is_a_finding(monkeypatch):
+    def dies():
+        raise OSError("no /proc")
+
+    monkeypatch.setattr(checks, "_SECTIONS", {"Machine": dies})
+    report = checks.gather()
+    assert not report.ok
+    assert report.sections["Machine"][0].detail == "OSError: no /proc"
+
+
+def test_warnings_do_not_fail():
+    report = checks.Report({"A": [checks.Check("x", "warn", "odd"), checks.Check("y", "info", "")]})
+    assert report.ok
+    assert "WARN  x  odd" in doctor.to_text(report)
+
+
+def test_every_variable_is_listed():
+    assert {check.name for check in checks._environment()} == {v.name for v in envs.VARIABLES}
+
+
+def test_help_and_wrong_commands(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--help"])
+    assert caught.value.code == 0
+    assert all(name in capsys.readouterr().out for name in ["doctor"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["operate"])
+    assert caught.value.code == 2

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""register(): inert while off, all or nothing while on, and clear where it cannot do its work.
+
+Each case is a fresh process: what is tested is what registering does to an untouched vLLM.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+from vllm_plugin_tm.kernels import ops
+
+needs_extension = pytest.mark.skipif(not ops.is_available(), reason="the extension is not built")
+
+# Identity of everything that the patch table may touch, and of the lists inside.
+SNAPSHOT = """
+def snapshot():
+    import vllm.envs
+    from vllm.model_executor import model_loader
+    from vllm.model_executor.kernels import linear
+    from vllm.platforms import PlatformEnum
+    kernels = linear._POSSIBLE_KERNELS
+    loaders = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
+    return (
+        id(kernels), [(k, id(v), tuple(map(id, v))) for k, v in kernels.items()],
+        id(loaders), [(k, id(v)) for k, v in loaders.items()],
+        id(linear.choose_mp_linear_kernel), id(linear.MPLinearKernel),
+        id(vllm.envs.environment_variables),
+    )
+"""
+
+
+def run(code, **variables):
+    """Runs `code` in a new process with these of our variables and no others: the process."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_PLUGIN")}
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
+        script.write(code)
+        script.flush()
+        return subprocess.run(
+            [sys.executable, script.name],
+            env=environment | variables,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+
+
+def assert_runs(code, **variables):
+    process = run(code, **variables)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout + process.stderr
+
+
+def assert_refuses(code, *words, **variables):
+    process = run(code, **variables)
+    assert process.returncode != 0, process.stdout
+    last = process.stderr[-3000:]
+    for word in words:
+        assert word in last
+
+
+def test_off_imports_nothing_heavy():
+    assert_runs(
+        "import sys, vllm_plugin_tm; vllm_plugin_tm.register();"
+        "heavy = {'torch', 'vllm', 'numpy', 'vllm_plugin_tm.patch'} & set(sys.modules);"
+        "assert not heavy, heavy",
+    )
+
+
+@pytest.mark.slow
+def test_off_leaves_upstream_untouched():
+    pytest.importorskip("vllm")
+    assert_runs(
+        SNAPSHOT + "import vllm.envs, vllm_plugin_tm\n"
+        "names = list(vllm.envs.environment_variables)\n"
+        "before = snapshot(); vllm_plugin_tm.register(); assert snapshot() == before\n"
+        "new = set(vllm.envs.environment_variables) - set(names)\n"
+        "assert new == {'VLLM_PLUGIN_TM'}, new\n"  # else vLLM warns of the switch that is set to 0
+        "from vllm.platforms import current_platform\n"
+        "current_platform.validate_environ(True)\n",
+        VLLM_PLUGIN_TM="0",
+    )
+
+
+def test_a_wrong_switch_is_refused():
+    assert_refuses(
+        "import vllm_plugin_tm; vllm_plugin_tm.register()",
+        "EnvError",
+        "VLLM_PLUGIN_TM='yes'",
+        '"1" (on)',
+        VLLM_PLUGIN_TM="yes",
+    )
+
+
+def test_a_misspelt_variable_is_refused_while_on():
+    assert_refuses(
+        "import vllm_plugin_tm; vllm_plugin_tm.register()",
+        "did you mean VLLM_PLUGIN_TM_ISA",
+        VLLM_PLUGIN_TM="1",
+        VLLM_PLUGIN_TM_ISAA="avx2",
+    )
+
+
+@pytest.mark.slow
+@needs_extension
+def test_on_applies_everything_once():
+    pytest.importorskip("vllm")
+    output = assert_runs(
+        SNAPSHOT + "import vllm.envs, vllm_plugin_tm\n"
+        "from vllm.platforms import PlatformEnum, current_platform\n"
+        "from vllm.model_executor.kernels import linear\n"
+        "upstream = snapshot(); upstream_list = list(linear._POSSIBLE_KERNELS[PlatformEnum.CPU])\n"
+        "vllm_plugin_tm.register(); once = snapshot(); assert once != upstream\n"
+        "vllm_plugin_tm.register(); assert snapshot() == once\n"
+        "from vllm_plugin_tm.patch import apply\n"
+        "assert [row.applied for row in apply.status()] == [True, True], apply.status()\n"
+        "kernels = linear._POSSIBLE_KERNELS[PlatformEnum.CPU]\n"
+        "assert kernels[0].__name__ == 'TMW4A16LinearKernel' and kernels[1:] == upstream_list\n"
+        "current_platform.validate_environ(True)\n"
+        "assert vllm.envs.VLLM_PLUGIN_TM == '1'\n"
+        "assert vllm.envs.compile_factors()['VLLM_PLUGIN_TM'] == '1'\n"
+        "apply.remove(); assert snapshot() == upstream\n"
+        # An untested version is a warning, and the patches are still made.
+        "import vllm; vllm.__version__ = '0.99.0'; vllm_plugin_tm.register()\n"
+        "assert [row.applied for row in apply.status()] == [True, True]\n",
+        VLLM_PLUGIN_TM="1",
+    )
+    assert output.count("0.99.0 is not a version that vllm-plugin-tm was tested with") == 1
+
+
+@pytest.mark.slow
+@needs_extension
+def test_a_spawned_process_reports_its_own_patches():
+    """Workers are spawned: what one process patched does not reach another by itself."""
+    pytest.importorskip("vllm")
+    assert_runs(
+        "import multiprocessing\n"
+        "def work():\n"
+        "    from vllm.plugins import load_general_plugins\n"
+        "    load_general_plugins()\n"
+        "    from vllm_plugin_tm.patch import apply\n"
+        "    return [row.applied for row in apply.status()]\n"
+        "if __name__ == '__main__':\n"
+        "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+        "        assert pool.apply(work) == [True, True]\n",
+        VLLM_PLUGIN_TM="1",
+    )
+
+
+@pytest.mark.slow
+def test_a_missing_extension_is_one_clear_error():
+    pytest.importorskip("vllm")
+    assert_refuses(
+        "from vllm_plugin_tm.kernels import ops\n"
+        "ops.extension_path = lambda: None\n"
+        "import vllm_plugin_tm; vllm_plugin_tm.register()",
+        "ActivationError",
+        "VLLM_PLUGIN_TM=1",
+        "pip install",
+        VLLM_PLUGIN_TM="1",
+    )
+
+
+@pytest.mark.slow
+@needs_extension
+def test_an_instruction_set_that_the_processor_lacks_is_refused():
+    pytest.importorskip("vllm")
+    assert_refuses(
+        "from vllm_plugin_tm.kernels import ops\n"
+        "ops.cpu_isas = lambda: ('avx2',)\n"
+        "import vllm_plugin_tm; vllm_plugin_tm.register()",
+        "EnvError",
+        "VLLM_PLUGIN_TM_ISA='avx512bf16'",
+        "avx2",
+        VLLM_PLUGIN_TM="1",
+        VLLM_PLUGIN_TM_ISA="avx512bf16",
+    )
+
+
+@pytest.mark.slow
+@needs_extension
+def test_where_no_kernel_runs_upstream_stays_and_the_log_says_so():
+    pytest.importorskip("vllm")
+    output = assert_runs(
+        SNAPSHOT + "import vllm_plugin_tm\n"
+        "from vllm_plugin_tm.kernels import ops\n"
+        "before = snapshot()\n"
+        "real = ops.cpu_isas; ops.cpu_isas = lambda: ()\n"
+        "vllm_plugin_tm.register(); assert snapshot() == before\n"
+        "ops.cpu_isas = real\n"
+        "from vllm.platforms import current_platform as platform\n"
+        "type(platform).is_cpu = lambda self: False; type(platform).device_type = 'cuda'\n"
+        "vllm_plugin_tm.register(); assert snapshot() == before\n",
+        VLLM_PLUGIN_TM="1",
+    )
+    assert "no kernels for this processor" in output
+    assert "no kernels for device cuda" in output
+    assert output.count("left to upstream") == 2

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""selftest.py: a right kernel passes on every instruction set, a slightly wrong one never does."""
+
+import pytest
+import torch
+
+from vllm_plugin_tm import selftest
+from vllm_plugin_tm.kernels import ops
+
+pytestmark = pytest.mark.skipif(not ops.is_available(), reason="the extension is not built")
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    monkeypatch.setattr(selftest, "_passed", set())
+    in_use = ops.get_isa()
+    yield
+    ops.set_isa(in_use)
+
+
+def test_every_instruction_set_passes():
+    for isa in ops.cpu_isas():
+        ops.set_isa(isa)
+        result = selftest.run("w4a16")
+        assert result.ok, result
+        assert result.isa == isa
+        assert 0 < result.error <= 1
+
+
+def wrong_linear(change):
+    right = torch.ops.vllm_plugin_tm.w4a16_linear
+
+    def wrong(x, weight, scale, zero_point, bias, n, group_size):
+        return change(right(x, weight, scale, zero_point, bias, n, group_size), x)
+
+    return wrong
+
+
+def one_element(y, x):
+    y = y.clone()
+    if x.shape[0] == 67 and x.dtype == torch.float16:
+        y[66, 36] += 0.5
+    return y
+
+
+def one_nan(y, x):
+    y = y.clone()
+    if x.shape[0] == 5:
+        y[0, 0] = float("nan")
+    return y
+
+
+@pytest.mark.parametrize(
+    "change", [lambda y, x: y * 1.01, one_element, one_nan, lambda y, x: y.roll(1, -1)]
+)
+def test_wrong_kernels_are_refused_loudly(monkeypatch, change):
+    monkeypatch.setattr(torch.ops.vllm_plugin_tm, "w4a16_linear", wrong_linear(change))
+    with pytest.raises(selftest.SelfTestError, match=rf"w4a16_linear on {ops.get_isa()} failed"):
+        selftest.require("w4a16")
+    with pytest.raises(selftest.SelfTestError):  # a failure is not remembered as a pass
+        selftest.require("w4a16")
+
+
+def test_it_runs_once_per_instruction_set(monkeypatch):
+    runs = []
+    result = selftest.Result("w4a16_linear", "any", 0.5, True, "")
+    monkeypatch.setattr(selftest, "run", lambda scheme: runs.append(scheme) or result)
+    selftest.require("w4a16")
+    selftest.require("w4a16")
+    assert runs == ["w4a16"]
+    ops.set_isa(ops.cpu_isas()[-1])
+    selftest.require("w4a16")
+    assert len(runs) == (2 if len(ops.cpu_isas()) > 1 else 1)
+
+
+def test_defaults_that_the_loader_sets_do_not_reach_it():
+    """The kernel is built inside set_default_torch_dtype and a device context."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert selftest.run("w4a16").ok
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_a_kernel_object_is_not_made_when_it_fails(monkeypatch):
+    pytest.importorskip("vllm")
+    from vllm.model_executor.kernels.linear import MPLinearLayerConfig
+    from vllm.scalar_type import scalar_types
+
+    from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_wNa16 import (
+        TMW4A16LinearKernel,
+    )
+
+    config = MPLinearLayerConfig(
+        full_weight_shape=(64, 64),
+        partition_weight_shape=(64, 64),
+        weight_type=scalar_types.uint4b8,
+        act_type=torch.bfloat16,
+        group_size=32,
+        zero_points=False,
+    )
+    TMW4A16LinearKernel(config, "w", "s")
+    monkeypatch.setattr(selftest, "_passed", set())
+    monkeypatch.setattr(
+        torch.ops.vllm_plugin_tm, "w4a16_linear", wrong_linear(lambda y, x: y * 1.01)
+    )
+    with pytest.raises(selftest.SelfTestError):
+        TMW4A16LinearKernel(config, "w", "s")

