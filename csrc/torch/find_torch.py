@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prints the directory of the torch package that the extension will be built against.
 
-pip builds in an isolated environment that hides the packages of the environment it installs into, but
-runs the same interpreter: torch is then found where that interpreter installs packages.
+pip builds in an isolated environment that hides the packages of the environment it installs
+into, but runs the same interpreter: torch is then found where that interpreter installs packages.
 """
 
 import importlib.util
