@@ -21,7 +21,14 @@ from statistics import median
 import llama_1b
 import llamacpp_peer
 import peer_venv
-from workers import ASK_DECODE, ASK_PREFILL, Engine, Worker, WorkerError
+from workers import (
+    ASK_DECODE,
+    ASK_PREFILL,
+    Engine,
+    Worker,
+    WorkerError,
+    end_with_this_process,
+)
 
 from vllm_plugin_tm.bench import machine
 
@@ -40,6 +47,7 @@ _LOGS = {
 def main() -> int:
     """Exit status 0 when measured, 1 when an engine failed, 2 when llama.cpp cannot be had."""
     args = _arguments()
+    end_with_this_process()
     with contextlib.ExitStack() as stack:
         directory = args.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         directory.mkdir(parents=True, exist_ok=True)

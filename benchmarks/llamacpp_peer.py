@@ -16,7 +16,15 @@ from pathlib import Path
 
 import llama_1b
 import peer_venv
-from workers import ASK_DECODE, ASK_PREFILL, Engine, Worker, WorkerError, serve
+from workers import (
+    ASK_DECODE,
+    ASK_PREFILL,
+    Engine,
+    Worker,
+    WorkerError,
+    end_with_this_process,
+    serve,
+)
 
 _BATCH = 512
 _WORKER_OPTION = "--worker"
@@ -33,6 +41,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
+    end_with_this_process()
     args.directory.mkdir(parents=True, exist_ok=True)
     rates: dict[str, list[float]] = {ASK_DECODE: [], ASK_PREFILL: []}
     try:

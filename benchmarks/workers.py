@@ -123,6 +123,15 @@ class Worker:
         raise WorkerError(f"{self.engine.name} ended; the last lines of {self._log}:\n{tail}")
 
 
+def end_with_this_process() -> None:
+    """Makes SIGTERM an exception, so that a script told to end closes its workers first."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
 def serve(load: Callable[[], Callable[[int, int], None]]) -> None:
     """A worker's main loop.
 

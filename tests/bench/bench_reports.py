@@ -15,6 +15,7 @@ MACHINE = Machine(
     llc_bytes=32 * 2**20,
     llc_known=True,
     versions={"torch": "2.13.0"},
+    load=0.1,
 )
 
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """results.py, limits.py and the page's tables: the arithmetic of every figure, JSON, Markdown."""
 
+import dataclasses
 import json
 
 import goals
 import make_page
 import pytest
-from bench_reports import limits, report, rows
+from bench_reports import MACHINE, limits, report, rows
 
 from vllm_plugin_tm.bench import results, table
 from vllm_plugin_tm.bench.limits import buffer_bytes, dot_kind, drift
@@ -83,6 +84,8 @@ def test_a_run_on_a_busy_machine_says_so():
     busy = table.conditions(report(after=limits(read=30.0)))
     assert not any("WARNING" in line for line in quiet)
     assert any("moved by more than 10 %" in line for line in busy)
+    loaded = dataclasses.replace(report(), machine=dataclasses.replace(MACHINE, load=1.5))
+    assert any("was 1.5 on 2 CPUs" in line for line in table.conditions(loaded))
 
 
 def test_sections_keep_the_symmetric_twin_with_its_case(made_up):

@@ -4,6 +4,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -43,7 +44,8 @@ def _state(pid):
 def test_worker_answers_and_is_stopped_between_questions(tmp_path):
     with workers.Worker(_engine(tmp_path), tmp_path / "log") as worker:
         pid = worker._process.pid
-        assert worker.ask(workers.ASK_DECODE, 4) > 0
+        # Any number: on a busy machine these milliseconds say nothing, not even their sign.
+        assert isinstance(worker.ask(workers.ASK_DECODE, 4), float)
         assert worker.ask(workers.ASK_PREFILL, 8) > 0
         os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
         assert _state(pid) == "T"
@@ -56,6 +58,32 @@ def test_worker_that_fails_to_load_shows_its_log(tmp_path):
     engine = _engine(tmp_path, during_load="raise SystemExit('no such model')")
     with pytest.raises(workers.WorkerError, match=r"(?s)made-up ended; .*no such model"):
         workers.Worker(engine, tmp_path / "log")
+
+
+def test_decode_leaves_the_prompt_out_and_prefill_counts_it(monkeypatch):
+    monkeypatch.setattr(workers, "_seconds", lambda generate, prompt, new: prompt + 0.5 * new)
+    assert workers._decode(None, 128) == pytest.approx(2.0)
+    assert workers._prefill(None, 512) == pytest.approx(512 / 512.5)
+
+
+def test_a_script_that_is_told_to_end_leaves_no_worker(tmp_path):
+    engine = _engine(tmp_path)
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys, time; sys.path.insert(0, {str(Path(workers.__file__).parent)!r})\n"
+        "import workers; from pathlib import Path\n"
+        "workers.end_with_this_process()\n"
+        f"engine = workers.Engine('a', {engine.command!r}, {{}})\n"
+        f"with workers.Worker(engine, Path({str(tmp_path / 'log')!r})) as worker:\n"
+        "    print(worker._process.pid, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE) as process:
+        pid = int(process.stdout.readline())
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(

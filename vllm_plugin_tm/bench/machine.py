@@ -25,7 +25,8 @@ _FLAGS = (
 @dataclass(frozen=True)
 class Machine:
     """The conditions that every number carries. `llc_bytes` is the last-level cache of all usable
-    processors together, `llc_known` False where it had to be guessed."""
+    processors together, `llc_known` False where it had to be guessed. `load` is the system's load
+    average of the minute before the run."""
 
     cpu: str
     flags: tuple[str, ...]
@@ -34,6 +35,7 @@ class Machine:
     llc_bytes: int
     llc_known: bool
     versions: dict[str, str]
+    load: float
 
     @property
     def summary(self) -> str:
@@ -62,6 +64,7 @@ def describe(threads: int) -> Machine:
         llc_bytes=llc or _FALLBACK_LLC,
         llc_known=llc is not None,
         versions=_versions(),
+        load=round(os.getloadavg()[0], 2),
     )
 
 

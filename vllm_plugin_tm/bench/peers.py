@@ -8,6 +8,7 @@ packing op, by upstream's own class, by dequantization. No forward math of ours 
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from vllm_plugin_tm.bench.timing import Step
 from vllm_plugin_tm.kernels import ops, reference
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+T = TypeVar("T")
 _CHUNK = 512  # output channels dequantized at once: bounds the float64 temporaries
 
 
@@ -51,19 +53,14 @@ class Weights:
 
     def copies(self, llc_bytes: int) -> "list[Weights]":
         """Itself and twins in other memory, together at least four times the last-level cache."""
-        more = copies_needed(self.bytes, llc_bytes) - 1
         zero = self.zero_point
-        return [self] + [
-            Weights(
-                self.n,
-                self.k,
-                self.format,
-                self.weight_packed.clone(),
-                self.scale.clone(),
-                None if zero is None else zero.clone(),
-            )
-            for _ in range(more)
-        ]
+
+        def twin() -> Weights:
+            codes, scale = self.weight_packed.clone(), self.scale.clone()
+            zeros = None if zero is None else zero.clone()
+            return Weights(self.n, self.k, self.format, codes, scale, zeros)
+
+        return [self, *_repeated(twin, self.bytes, llc_bytes)]
 
     def channels(self, begin: int, end: int) -> "Weights":
         """Output channels [begin, end), both multiples of 8."""
@@ -130,6 +127,19 @@ def copies_needed(weight_bytes: int, llc_bytes: int) -> int:
     return max(2, -(-4 * llc_bytes // weight_bytes))
 
 
+def _repeated(make: Callable[[], T], size: int, llc_bytes: int) -> list[T]:
+    """What `make` makes for the rest of a rotating set whose first copy of `size` bytes exists.
+
+    On one thread: a small matrix has hundreds of copies, each too small to be worth a wake-up.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [make() for _ in range(copies_needed(size, llc_bytes) - 1)]
+    finally:
+        torch.set_num_threads(threads)
+
+
 def pack(weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel layout of our op: weight, scale, zero point (empty when symmetric)."""
     ops.load()
@@ -142,7 +152,7 @@ def ours(weights: Weights, isa: str, llc_bytes: int, name: str = OURS) -> Peer:
     """Our kernel. Every copy is packed anew, so that it lies in memory as in service."""
     first = pack(weights)
     size = sum(_bytes(t) for t in first)
-    copies = [first, *(pack(weights) for _ in range(copies_needed(size, llc_bytes) - 1))]
+    copies = [first, *_repeated(lambda: pack(weights), size, llc_bytes)]
     linear = torch.ops.vllm_plugin_tm.w4a16_linear
     n, group_size = weights.n, weights.format.group_size
     symmetric = weights.zero_point is None
@@ -157,7 +167,7 @@ def ours(weights: Weights, isa: str, llc_bytes: int, name: str = OURS) -> Peer:
 def torch_linear(weights: Weights, llc_bytes: int) -> Peer:
     """torch's product with the dequantized weights, in the activations' dtype."""
     first = weights.dequantized()
-    copies = [first] + [first.clone() for _ in range(copies_needed(_bytes(first), llc_bytes) - 1)]
+    copies = [first, *_repeated(first.clone, _bytes(first), llc_bytes)]
 
     def apply(weight: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda x: torch.nn.functional.linear(x, weight)
@@ -201,9 +211,7 @@ def upstream(weights: Weights, llc_bytes: int) -> Peer:
     layer = _upstream_layer(weights)
     kernel.process_weights_after_loading(layer)
     size = sum(_bytes(getattr(layer, name, None)) for name in names)
-    layers = [layer]
-    for _ in range(copies_needed(size, llc_bytes) - 1):
-        layers.append(_copy_of(layer, names))
+    layers = [layer, *_repeated(lambda: _copy_of(layer, names), size, llc_bytes)]
 
     def apply(layer: torch.nn.Module) -> Callable[[Tensor], Tensor]:
         return lambda x: kernel.apply_weights(layer, x)

@@ -52,6 +52,9 @@ COLUMNS = (
 _QUIET = 0.1
 """Largest change of a limit over a run whose figures can be quoted."""
 
+_LOAD = 0.5
+"""Likewise of the load average over the number of processors: one busy processor out of two."""
+
 PACK_TITLES = ("N x K", "format", "ms", "p10-p90", "GB/s of 4-bit data", "resident / disk bytes")
 
 
@@ -106,11 +109,13 @@ def conditions(report: Report) -> list[str]:
     ]
     moved = drift(report.before, report.after)
     lines.append("Drift: " + ", ".join(f"{name} {by * 100:+.1f} %" for name, by in moved.items()))
+    reasons = []
     if max(map(abs, moved.values())) > _QUIET:
-        lines.append(
-            f"WARNING: the limits moved by more than {_QUIET * 100:.0f} % during the run: the "
-            "machine was not quiet, and the figures are not to be quoted"
-        )
+        reasons.append(f"the limits moved by more than {_QUIET * 100:.0f} % during the run")
+    if here.load > _LOAD * here.cpus:
+        reasons.append(f"the load average before the run was {here.load} on {here.cpus} CPUs")
+    if reasons:
+        lines.append(f"WARNING: {' and '.join(reasons)}: the figures are not to be quoted")
     return lines
 
 

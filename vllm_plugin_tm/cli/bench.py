@@ -69,7 +69,7 @@ def run(args: argparse.Namespace, more: tuple[Callable, ...] = ()) -> int:
         isas=isas,
         threads=args.threads or len(machine.usable_cpus()),
         effort=effort.QUICK if args.quick else effort.FULL,
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=_command(),
         more=more,
     )
     try:
@@ -97,6 +97,12 @@ def run(args: argparse.Namespace, more: tuple[Callable, ...] = ()) -> int:
     for written in filter(None, (args.json, args.plot)):
         say(f"Written: {written}")
     return 0
+
+
+def _command() -> str:
+    """The command line as a user would type it."""
+    script = Path(sys.argv[0]).name
+    return shlex.join(["vllm-tm" if script == "__main__.py" else script, *sys.argv[1:]])
 
 
 def _isas(text: str | None) -> tuple[str, ...]:
