@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Every recipe is a thin call of a script in tools/ or of a command in .venv, which `setup` makes.
+# `exec`: a signal to make reaches the script itself, not a shell that would leave it running.
 # Settings: PYTHON (the interpreter .venv is made from; one that has vLLM lends it), MODEL and PORT
 # (make serve), ARGS (passed on by serve, test, bench, upstream-test and compat).
 
@@ -26,43 +27,43 @@ help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: ## make .venv: vLLM for CPU and this plugin
-	@$(TOOL).setup_env --for demo
+	@exec $(TOOL).setup_env --for demo
 
 demo: ## set up, ask a quantized model over HTTP, show the layer table and tokens/s on and off
-	@$(TOOL).demo
+	@exec $(TOOL).demo
 
 serve: ## leave a server with the plugin on up until Ctrl-C (MODEL=folder PORT=number)
-	@$(TOOL).serve --model "$(MODEL)" --port "$(PORT)" -- $(ARGS)
+	@exec $(TOOL).serve --model "$(MODEL)" --port "$(PORT)" -- $(ARGS)
 
 setup-test:
-	@$(TOOL).setup_env --for demo --for test
+	@exec $(TOOL).setup_env --for demo --for test
 
 test: lint ## set up, lint, and run the whole suite, a real server included (20 minutes at most)
-	@$(PY) -m pytest -p tools.fast_first $(ARGS)
+	@exec $(PY) -m pytest -p tools.fast_first $(ARGS)
 
 test-fast: setup-test ## the tests that take seconds
-	@$(PY) -m pytest -m "not slow" $(ARGS)
+	@exec $(PY) -m pytest -m "not slow" $(ARGS)
 
 lint: setup-test ## ruff and mypy; warnings are errors
-	@$(PY) -m ruff check $(SOURCES)
-	@$(PY) -m ruff format --check $(SOURCES)
-	@$(PY) -m mypy
+	@exec $(PY) -m ruff check $(SOURCES)
+	@exec $(PY) -m ruff format --check $(SOURCES)
+	@exec $(PY) -m mypy
 
 wheel: setup ## build dist/*.whl against the torch in .venv
-	@$(PY) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+	@exec $(PY) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 upstream-test: setup-test ## vLLM's own tests, with the switch off and on
-	@$(PY) tools/upstream_test.py $(ARGS)
+	@exec $(PY) tools/upstream_test.py $(ARGS)
 
 compat: setup-test ## every patched symbol against the sources of several vLLM versions
-	@$(PY) tools/compat.py $(ARGS)
+	@exec $(PY) tools/compat.py $(ARGS)
 
 bench: ## kernels against upstream's and against the machine's limits (ARGS="--quick --json f.json")
-	@$(TOOL).setup_env --for demo --for bench
-	@.venv/bin/vllm-tm bench $(ARGS)
+	@exec $(TOOL).setup_env --for demo --for bench
+	@exec .venv/bin/vllm-tm bench $(ARGS)
 
 readme: setup-test ## write the generated tables of README.md anew
-	@$(PY) -m tools.readme_tables
+	@exec $(PY) -m tools.readme_tables
 
 clean: ## remove everything that was made: .venv, build, dist, caches
-	@$(TOOL).clean
+	@exec $(TOOL).clean

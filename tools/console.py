@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+LINE = 90  # characters of a progress text: with the time before them they fit one line
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -46,8 +47,9 @@ class Progress:
     def update(self, text: str) -> None:
         """Shows `text` with the seconds since the start."""
         elapsed = time.monotonic() - self._started
+        text = text[:LINE]
         if sys.stdout.isatty():
-            print(f"\r\x1b[K    {elapsed:4.0f} s  {text[:90]}", end="", flush=True)
+            print(f"\r\x1b[K    {elapsed:4.0f} s  {text}", end="", flush=True)
             self._drawn = True
         elif elapsed >= self._next:
             say(f"    {elapsed:4.0f} s  {text}")

@@ -136,12 +136,13 @@ def w4a16_name(group_size: int | None, symmetric: bool) -> str:
     return f"smollm2-135m-w4a16-{group}" + ("" if symmetric else "-asymmetric")
 
 
-def is_made(target: Path, recipe: dict) -> bool:
-    """True where `target` was finished by this recipe."""
+def is_made(target: Path, recipe: dict | None = None) -> bool:
+    """True where `target` was finished by this recipe; None: by any that RECIPE numbers."""
     try:
-        return json.loads((target / STAMP).read_text()) == recipe
+        found = json.loads((target / STAMP).read_text())
     except (OSError, ValueError):
         return False
+    return found == recipe if recipe is not None else found.get("recipe") == RECIPE
 
 
 @contextmanager

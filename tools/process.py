@@ -124,7 +124,7 @@ def _wait(process: subprocess.Popen[bytes], log: Path | None) -> int:
             try:
                 return process.wait(timeout=0.5)
             except subprocess.TimeoutExpired:
-                progress.update(tail(log, 1).strip())
+                progress.update(tail(log, 1).strip() or "running")
     finally:
         progress.close()
 

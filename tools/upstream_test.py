@@ -10,13 +10,15 @@ import argparse
 import importlib.metadata
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,9 +35,11 @@ CACHE = BUILD / "upstream"
 SUPPORT = ROOT / "tests" / "upstream"  # the pytest plugin, the look-alike models, the selection
 REQUIREMENTS = ROOT / "tools" / "upstream_requirements.txt"
 OFFLINE = 3  # exit status: no package index answered
+LOOK_ALIKE_SOURCES = ("look_alike_models", "look_alikes", "checkpoint_formats")
 ARMS = {"off": "0", "on": "1"}
-TEST_TIMEOUT_S = 120
-JUNIT_WITH_OUTPUT = ("-o", "junit_logging=all")
+TEST_TIMEOUT_S = 300
+INTERRUPT_S = 20.0  # what an interrupted pytest gets to write its report
+PYTEST_OPTIONS = ("-o", "junit_logging=all", "-o", "asyncio_default_fixture_loop_scope=function")
 WANTED = ("tests/", "examples/basic/", "pyproject.toml")
 
 
@@ -103,17 +107,18 @@ def prepare(version: str, python: str) -> Path:
     return tree
 
 
-def check_requirements(python: str) -> None:
-    """Raises ToolError when the interpreter lacks a package that upstream's tests import."""
-    code = "import importlib.metadata as m, sys; [m.version(name) for name in sys.argv[1:]]"
-    names = [line.strip() for line in REQUIREMENTS.read_text().splitlines()]
-    names = [name for name in names if name and not name.startswith("#")]
-    found = subprocess.run(
-        [python, "-c", code, *names], capture_output=True, text=True, check=False
-    )
-    if found.returncode:
-        reason = found.stderr.strip().splitlines()[-1]
-        raise ToolError(f"{reason}: {python} -m pip install -r {REQUIREMENTS.relative_to(ROOT)}")
+def install_requirements(tree: Path, python: str) -> Path:
+    """Puts what upstream's tests import into a folder of its own and returns it: the environment
+    stays as it is. Raises ToolError with pip's reason."""
+    folder = tree.parent / "site"
+    mark = folder / REQUIREMENTS.name
+    if not mark.is_file() or mark.read_text() != REQUIREMENTS.read_text():
+        shutil.rmtree(folder, ignore_errors=True)
+        command = pip_target(folder, python)
+        log = tree.parent / "site.log"
+        run_to_end([*command, "-r", REQUIREMENTS], what="installing upstream's needs", log=log)
+        mark.write_text(REQUIREMENTS.read_text())
+    return folder
 
 
 def install_plugins(names: Sequence[str], tree: Path, python: str) -> list[Path]:
@@ -125,12 +130,29 @@ def install_plugins(names: Sequence[str], tree: Path, python: str) -> list[Path]
         folders.append(folder)
         if folder.is_dir():
             continue
-        command = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
-        command += ["--no-build-isolation", "--target", str(folder)]
-        log = tree.parent / "plugins" / f"{name}.log"
+        command = [*pip_target(folder, python), "--no-index", "--no-build-isolation"]
         source = tree / "tests" / "plugins" / name
-        run_to_end([*command, str(source)], what=f"installing upstream's {name}", log=log)
+        log = tree.parent / "plugins" / f"{name}.log"
+        run_to_end([*command, source], what=f"installing upstream's {name}", log=log)
     return folders
+
+
+def pip_target(folder: Path, python: str) -> list[str | Path]:
+    """The start of a pip command that installs into a folder and touches nothing else."""
+    return [python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder]
+
+
+def make_look_alikes(python: str) -> None:
+    """Writes the look-alike models and pictures, unless those there are of the same sources."""
+    hub, assets = CACHE / "hub", CACHE / "assets"
+    sources = [SUPPORT / f"{name}.py" for name in LOOK_ALIKE_SOURCES]
+    stamp, state = hub / "stamp", " ".join(package_index.sha256(path) for path in sources)
+    if stamp.is_file() and stamp.read_text() == state:
+        return
+    shutil.rmtree(hub, ignore_errors=True)
+    command = [python, sources[0], hub, assets]
+    run_to_end(command, what="making the look-alike models", log=CACHE / "look_alikes.log")
+    stamp.write_text(state)
 
 
 def run_group(group: Group, tree: Path, python: str, results: Path) -> dict[str, Run]:
@@ -140,7 +162,7 @@ def run_group(group: Group, tree: Path, python: str, results: Path) -> dict[str,
     The arms run side by side: starting, importing and compiling keep one core busy each.
     """
     results.mkdir(parents=True, exist_ok=True)
-    folders = install_plugins(group.plugins, tree, python)
+    folders = [install_requirements(tree, python), *install_plugins(group.plugins, tree, python)]
     with ExitStack() as stack:
         running = {}
         for arm in ARMS:
@@ -173,18 +195,22 @@ def pytest_command(group: Group, python: str, junit: Path) -> list[str]:
     """The command line of one arm."""
     command = [python, "-m", "pytest", *group.tests, *group.arguments, "-p", "arm_plugin"]
     command += ["-p", "no:cacheprovider", "--continue-on-collection-errors", "-q"]
-    return [*command, f"--timeout={TEST_TIMEOUT_S}", f"--junitxml={junit}", *JUNIT_WITH_OUTPUT]
+    return [*command, f"--timeout={TEST_TIMEOUT_S}", f"--junitxml={junit}", *PYTEST_OPTIONS]
 
 
 def wait_for(processes: Iterable[subprocess.Popen[bytes]], timeout_s: float) -> list[float]:
-    """Waits for the processes, `timeout_s` for all of them; returns how long each ran."""
+    """Waits for the processes, `timeout_s` for all of them; returns how long each ran. One that is
+    out of time is interrupted as by Ctrl-C: pytest then still writes what it has."""
     started = time.monotonic()
     seconds = []
     for process in processes:
         try:
             process.wait(timeout=max(0.0, started + timeout_s - time.monotonic()))
         except subprocess.TimeoutExpired:
-            say(f"    stopped after {timeout_s} s")
+            say(f"    out of time after {timeout_s} s: interrupted")
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(INTERRUPT_S)
         seconds.append(time.monotonic() - started)
     return seconds
 
@@ -277,7 +303,6 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     if not groups:
         raise ToolError(f"no group is left of {[group.name for group in read_selection()]}")
-    check_requirements(options.python)
     version = installed_version(options.python)
     try:
         with step(f"the tests of vLLM {version}"):
@@ -288,11 +313,7 @@ def main(arguments: list[str] | None = None) -> int:
     except package_index.FetchError as error:
         raise ToolError(str(error)) from error
     with step("look-alike models in a local hub cache"):
-        run_to_end(
-            [options.python, SUPPORT / "look_alikes.py", CACHE / "hub", CACHE / "assets"],
-            what="making the look-alike models",
-            log=CACHE / "look_alikes.log",
-        )
+        make_look_alikes(options.python)
     part = "-".join(options.group or []) or ("fast" if options.fast else "")
     results = CACHE / (f"report-{part}" if part else "report")
     return compare_groups(groups, options.python, tree, results)

@@ -66,17 +66,20 @@ def site_packages(venv: Path = VENV) -> Path:
     return found[-1] if found else venv / "lib" / "site-packages"
 
 
+def distributions(venv: Path = VENV) -> dict[str, Path]:
+    """Name, as in the folder's name -> .dist-info folder of each distribution."""
+    infos = sorted(site_packages(venv).glob("*.dist-info"))
+    return {info.name.removesuffix(".dist-info").rpartition("-")[0]: info for info in infos}
+
+
 def incomplete(venv: Path = VENV) -> list[str]:
     """The distributions that lack a file they came with, or the list of those files.
 
     Takes half a second for the 43,000 files of vLLM and what it depends on.
     """
     site = site_packages(venv)
-    names = []
-    for info in sorted(site.glob("*.dist-info")):
-        if not _all_there(site, info / "RECORD"):
-            names.append(info.name.removesuffix(".dist-info").rpartition("-")[0])
-    return names
+    infos = distributions(venv)
+    return [name for name, info in infos.items() if not _all_there(site, info / "RECORD")]
 
 
 def _all_there(site: Path, record: Path) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the package tools importable, and decides what an unreachable package index means to a test."""
+"""Makes tools importable, and decides what an unreachable package index means to a test."""
 
 import os
 import sys

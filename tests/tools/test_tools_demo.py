@@ -77,3 +77,24 @@ def test_the_report_has_the_ratio():
     text = demo.report([("1", 100.0, 2.0), ("0", 25.0, 1.0)])
     assert "VLLM_PLUGIN_TM=1    100.0  (2.0)" in text
     assert text.endswith("4.00")
+
+
+def test_numbers_from_a_busy_machine_are_called_that():
+    quiet = demo.report([("1", 100.0, 5.0), ("0", 25.0, 1.0)])
+    busy = demo.report([("1", 100.0, 5.0), ("0", 25.0, 15.0)])
+    assert "busy" not in quiet
+    assert "something else kept this machine busy" in busy
+
+
+def test_a_model_that_is_made_is_not_made_again(tmp_path, monkeypatch):
+    def must_not_run(*_args, **_kwargs):
+        raise AssertionError("it made the model")
+
+    monkeypatch.setattr(demo.layout, "MODELS", tmp_path)
+    monkeypatch.setattr(demo, "run", must_not_run)
+    folder = tmp_path / "smollm2-135m-w4a16-g32"
+    folder.mkdir()
+    with pytest.raises(AssertionError, match="it made the model"):
+        demo.make_model()
+    (folder / "tm-model.json").write_text('{"recipe": 1}')
+    assert demo.make_model() == folder

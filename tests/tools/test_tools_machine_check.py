@@ -87,7 +87,13 @@ def test_an_old_python_is_turned_away_before_it_reads_newer_syntax(tmp_path):
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert answer.returncode == 1
     assert "Python 3.9 is too old, 3.11 or newer is needed" in answer.stderr
-    old = next((path for n in (8, 9, 10) if (path := shutil.which(f"python3.{n}"))), None)
+    running = (
+        path
+        for minor in (8, 9, 10)
+        if (path := shutil.which(f"python3.{minor}"))
+        and subprocess.run([path, "-c", ""], capture_output=True).returncode == 0
+    )
+    old = next(running, None)  # pyenv has names of versions that it does not run
     if old:
         root = Path(tools.__file__).parents[1]
         answer = subprocess.run(

@@ -3,8 +3,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,31 @@ def test_slow_tests_come_last():
     items = [Item("a", True), Item("b", False), Item("c", True), Item("d", False)]
     fast_first.pytest_collection_modifyitems(items)
     assert [item.name for item in items] == ["b", "d", "a", "c"]
+
+
+def test_sigterm_to_make_reaches_the_tool(tmp_path):
+    """Without `exec` in the recipe the shell would die and leave the tool running."""
+    started, ended = tmp_path / "started", tmp_path / "ended"
+    python = tmp_path / "python"
+    python.write_text(
+        f"#!{sys.executable}\nimport signal, sys, time\n"
+        f"def end(*_):\n open({str(ended)!r}, 'w')\n sys.exit(1)\n"
+        f"signal.signal(signal.SIGTERM, end)\nopen({str(started)!r}, 'w')\ntime.sleep(60)\n"
+    )
+    python.chmod(0o755)
+    running = subprocess.Popen(
+        ["make", "-C", ROOT, "demo", f"PYTHON={python}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_for(started)
+    running.send_signal(signal.SIGTERM)
+    running.wait(timeout=30)
+    wait_for(ended)
+
+
+def wait_for(path, seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path.name} never came"
+        time.sleep(0.05)

@@ -46,7 +46,7 @@ def test_a_full_disk_in_a_log_is_pointed_out(tmp_path):
 
 
 def test_a_missing_program_is_named(tmp_path):
-    with pytest.raises(ToolError, match="cannot start .*no-such-program"):
+    with pytest.raises(ToolError, match=r"cannot start .*no-such-program"):
         process.run([tmp_path / "no-such-program"], what="x")
 
 

