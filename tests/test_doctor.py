@@ -72,7 +72,7 @@ def test_wrong_variables_are_found(monkeypatch, name, value, culprit):
 
 def broken_extension(monkeypatch):
     def load():
-        raise ops.ExtensionMissing("no such file")
+        raise ops.ExtensionMissingError("no such file")
 
     monkeypatch.setattr(ops, "load", load)
 

@@ -61,7 +61,7 @@ def test_the_package_says_what_is_missing(tmp_path: Path) -> None:
         "from vllm_plugin_tm.kernels import ops\n"
         "assert not ops.is_available()\n"
         "try:\n    ops.load()\n"
-        "except ops.ExtensionMissing as error:\n    print(error)\n"
+        "except ops.ExtensionMissingError as error:\n    print(error)\n"
     )
     (tmp_path / "hide_extension.py").write_text(_HIDE)
     run = subprocess.run(

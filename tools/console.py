@@ -62,9 +62,12 @@ class Progress:
             self._drawn = False
 
 
+class _Terminated(BaseException):
+    """A signal as an exception, so that every `finally` runs; the argument is its number."""
+
+
 def _terminate(signum: int, frame: FrameType | None) -> None:
-    """Turns a signal into an exception, so that every `finally` runs."""
-    raise SystemExit(128 + signum)
+    raise _Terminated(signum)
 
 
 def run_main(main: Callable[[], int]) -> None:
@@ -82,6 +85,10 @@ def run_main(main: Callable[[], int]) -> None:
     except KeyboardInterrupt:
         _failed("interrupted")
         status = INTERRUPTED
+    except _Terminated as error:
+        signum = error.args[0]
+        _failed(f"ended by {signal.Signals(signum).name}")
+        status = 128 + signum
     except OSError as error:
         status = _failed(_explain(error))
     sys.exit(status)

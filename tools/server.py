@@ -80,7 +80,13 @@ class Server:
         self.log = log
         self.port = port if port is not None else free_port()
         self.url = f"http://{HOST}:{self.port}"
-        self._command = [venv / "bin" / "vllm", "serve", self.model, "--host", HOST]
+        self._command: list[str | Path] = [
+            venv / "bin" / "vllm",
+            "serve",
+            self.model,
+            "--host",
+            HOST,
+        ]
         self._command += ["--port", str(self.port), *arguments]
         self._environment = server_environment(settings or {})
         # vLLM runs helpers (ninja among them) by name.

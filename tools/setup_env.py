@@ -58,7 +58,15 @@ def pip(what: str, *arguments: str | Path, cure: str = "") -> None:
 
 def pip_finds(requirement: str, *options: str) -> bool:
     """True where pip, as configured and with `options`, finds a file for the requirement."""
-    command = [python_of(), "-m", "pip", "install", "--dry-run", "--quiet", "--no-input"]
+    command: list[str | Path] = [
+        python_of(),
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--quiet",
+        "--no-input",
+    ]
     command += ["--no-deps", "--ignore-installed", *options, requirement]
     return subprocess.run(command, capture_output=True, text=True).returncode == 0
 

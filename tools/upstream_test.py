@@ -254,7 +254,8 @@ def compare_groups(groups: Sequence[Group], python: str, tree: Path, results: Pa
         with step(f"{group.name}: {len(group.tests)} selected, switch off and on"):
             found_by_arm = run_group(group, tree, python, results)
         for arm, found in found_by_arm.items():
-            merged[arm] |= found.outcomes
+            # By group: a test that two groups select counts in both.
+            merged[arm] |= {f"{group.name}: {name}": one for name, one in found.outcomes.items()}
             rows.setdefault(group.name, {})[arm] = {
                 "tests": len(found.outcomes),
                 "seconds": round(found.seconds, 1),

@@ -76,7 +76,7 @@ def _usable() -> bool:
 
     try:
         ops.load()
-    except ops.ExtensionMissing as error:
+    except ops.ExtensionMissingError as error:
         raise ActivationError(
             f"VLLM_PLUGIN_TM=1, but the compiled kernels cannot be loaded: {error}. "
             "Unset VLLM_PLUGIN_TM to run vLLM without them."

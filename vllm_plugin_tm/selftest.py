@@ -37,7 +37,7 @@ _passed: set[tuple[str, str]] = set()
 def run(scheme: str) -> Result:
     """Tests the kernel of `scheme` on the instruction set in use, every activation dtype.
 
-    Raises KeyError for a scheme without a kernel; ops.ExtensionMissing without the extension.
+    Raises KeyError for a scheme without a kernel; ops.ExtensionMissingError without the extension.
     """
     ops.load()
     return _TESTS[scheme]()

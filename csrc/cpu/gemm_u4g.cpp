@@ -70,17 +70,38 @@ PreparedX prepare(const GemmU4g& args, const GemmU4gIsa& isa, const Parallel& pa
   return x;
 }
 
+/// Items of work for each thread: the last one to finish is then at most an eighth behind.
+constexpr int64_t kItemsPerThread = 8;
+
 void gemm_chunk(const GemmU4g& args, const GemmU4gIsa& isa, const Parallel& parallel) {
   const PreparedX x = prepare(args, isa, parallel);
   const int64_t tiles = args.layout.tiles();
-  // Threads share out channels, so that each reads its own weights once. Only where there are more
-  // threads than tiles are rows cut too.
-  const int64_t by_tile = std::min(tiles, parallel.threads);
-  const int64_t by_row = std::clamp<int64_t>(parallel.threads / by_tile, 1, args.rows);
-  parallel(by_tile * by_row, [&](int64_t task) {
-    const Range tile = part(tiles, by_tile, task % by_tile);
-    const Range row = part(args.rows, by_row, task / by_tile);
-    isa.run(args, x, {tile.begin, tile.end, row.begin, row.end});
+  if (args.rows <= isa.tile_rows) {
+    // Bound by memory: near-equal bytes for each thread.
+    const int64_t tasks = std::min(tiles, parallel.threads);
+    parallel(tasks, [&](int64_t task) {
+      const Range tile = part(tiles, tasks, task);
+      isa.run(args, x, {tile.begin, tile.end, 0, args.rows});
+    });
+    return;
+  }
+  // Bound by the dot unit: whole blocks, the widest register tile, and as many cuts of the rows as make
+  // the threads' shares equal. Consecutive items of a thread share their block, or their rows.
+  const int64_t blocks = ceil_div(tiles, kBlockTiles);
+  const int64_t row_tiles = ceil_div(args.rows, isa.tile_rows);
+  const int64_t cuts =
+      std::clamp<int64_t>(ceil_div(kItemsPerThread * parallel.threads, blocks), 1, row_tiles);
+  const int64_t items = blocks * cuts;
+  const int64_t tasks = std::min(items, parallel.threads);
+  parallel(tasks, [&](int64_t task) {
+    const Range mine = part(items, tasks, task);
+    for (int64_t item = mine.begin; item < mine.end; ++item) {
+      const int64_t tile = item / cuts * kBlockTiles;
+      const Range row = part(row_tiles, cuts, item % cuts);
+      isa.run(args, x,
+              {tile, std::min(tile + kBlockTiles, tiles), row.begin * isa.tile_rows,
+               std::min(row.end * isa.tile_rows, args.rows)});
+    }
   });
 }
 

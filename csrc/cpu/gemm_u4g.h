@@ -12,12 +12,14 @@ namespace turbo::cpu {
 /// y [rows, n] contiguous. x, scale, bias and y share `dtype`. zero and bias may be nullptr.
 ///
 /// Per output element, in this order whatever rows, tile or number of threads:
-///   for each group g ascending:  a = sum over k ascending of x[k] * q[n][k]        (fp32)
+///   for each group g ascending:  a = sum over pairs of k ascending of x[k] * q[n][k]  (fp32)
 ///                                a = a - z[n][g] * (sum of x over the group)       (asymmetric only)
 ///                                t = t + a * scale[n][g]                           (one rounding)
 ///   y = round(t + bias)
-/// so a row's result is the same bits in every batch. Products of bf16 are exact; fp16 is split into two
-/// bf16 without loss; fp32 runs on fp32 multiply-adds.
+/// so a row's result is the same bits in every batch. Within a pair the order is the instruction's own, and
+/// differs between instruction sets. Products of bf16 are exact; fp16 is split into two bf16 without loss;
+/// fp32 runs on fp32 multiply-adds. Asymmetric weights see an infinite x as NaN: the sum over the group
+/// meets it too.
 struct GemmU4g {
   LayoutU4g layout;
   DType dtype;
@@ -35,7 +37,7 @@ struct GemmU4g {
 /// thread, kept for its next call: the prepared x and its group sums of at most kRowChunk rows.
 void gemm_u4g(const GemmU4g& args, Isa isa, const Parallel& parallel);
 
-/// Rows handled at a time: their x stays in the second-level cache while the weights stream by.
+/// Rows handled at a time: their x stays in cache while the weights stream by.
 inline constexpr int64_t kRowChunk = 256;
 
 }  // namespace turbo::cpu

@@ -3,7 +3,7 @@
 //
 // Per 64 bytes of weights (128 weights, 16 channels): 1 load, 3 shifts, 4 table permutes and, for each
 // row, 4 dots with a broadcast operand from memory. One row is bound by memory (11 vector operations
-// on a line that takes 9 to 14 cycles to arrive here); from about 4 rows on the dot unit is the limit.
+// on a line that takes 8 to 14 cycles to arrive here); from 3 or 4 rows on the dot unit is the limit.
 #include "avx512_io.h"
 #include "gemm_u4g_kernel.h"
 

@@ -20,6 +20,7 @@ struct Share {
 
 struct GemmU4gIsa {
   int64_t units_per_k8;  // units that hold 8 activations
+  int64_t tile_rows;     // rows that share one decoding of the weights
   bool reads_in_place;   // x needs no conversion where k is a multiple of 8
   /// Converts rows [row0, row1) of x to units, zero padded to whole dwords of weights.
   void (*prepare)(const GemmU4g& args, int64_t row0, int64_t row1, const PreparedX& x);

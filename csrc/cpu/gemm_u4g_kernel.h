@@ -12,8 +12,8 @@
 //               kTiles, kRows      largest register tile: accumulators + operands must fit
 //               load, decode<j>, dot_broadcast, zero, set1, add, fma, fnma,
 //               scale_vec, zero_vec, bias_vec, store_y, prepare_row, sum_units
-// Everything here has internal linkage: code of one instruction set must never be merged by the
-// linker with that of another.
+// Everything here has internal linkage, as all that it includes: code of one instruction set must never
+// be merged by the linker with that of another.
 #pragma once
 
 #include "gemm_u4g_isa.h"
@@ -21,7 +21,7 @@
 namespace turbo::cpu {
 namespace {
 
-/// Weights are read once per call: fetched this far ahead of their use, in bytes. Long enough to
+/// Weights are read once per tile of rows: fetched this far ahead of their use, in bytes. Long enough to
 /// cover a memory latency of 100 ns at 20 GB/s for one thread.
 constexpr int64_t kPrefetchBytes = 2048;
 
@@ -182,7 +182,7 @@ struct KernelU4g {
             I::sum_units(row_units(x, row) + g * units, units);
   }
 
-  static constexpr GemmU4gIsa kTable{kUnits, I::kReadsInPlace, prepare, sum, run};
+  static constexpr GemmU4gIsa kTable{kUnits, I::kRows, I::kReadsInPlace, prepare, sum, run};
 };
 
 }  // namespace

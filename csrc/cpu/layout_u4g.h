@@ -24,6 +24,9 @@
 
 #include <cstdint>
 
+// always_inline: these are called from translation units of every instruction set, and no copy made with
+// AVX-512 may become the one that the linker keeps for all.
+
 namespace turbo::cpu {
 
 inline constexpr int64_t kTileN = 16;       // channels of a tile: lanes of a 512-bit register
@@ -33,24 +36,24 @@ inline constexpr int64_t kZeroDwords = 2;   // dwords of a tile's zero points
 
 enum class DType : int { bf16, f16, f32 };
 
-inline constexpr int64_t dtype_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+[[gnu::always_inline]] inline constexpr int64_t dtype_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+[[gnu::always_inline]] inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /// Sizes of one packed matrix [n, k] whose rows are cut into `groups` groups along k.
 struct LayoutU4g {
   int64_t n, k, groups;
 
-  int64_t tiles() const { return ceil_div(n, kTileN); }
-  int64_t padded_n() const { return tiles() * kTileN; }
-  int64_t k8() const { return ceil_div(k, kDwordK); }
-  int64_t group_k8() const { return k8() / groups; }
+  [[gnu::always_inline]] int64_t tiles() const { return ceil_div(n, kTileN); }
+  [[gnu::always_inline]] int64_t padded_n() const { return tiles() * kTileN; }
+  [[gnu::always_inline]] int64_t k8() const { return ceil_div(k, kDwordK); }
+  [[gnu::always_inline]] int64_t group_k8() const { return k8() / groups; }
   /// Tiles of the block that `tile` lies in.
-  int64_t block_tiles(int64_t tile) const {
+  [[gnu::always_inline]] int64_t block_tiles(int64_t tile) const {
     const int64_t first = tile / kBlockTiles * kBlockTiles;
     return tiles() - first < kBlockTiles ? tiles() - first : kBlockTiles;
   }
   /// Offset, in lanes, of (tile, step) in an array of `steps` steps: k8() for weights, groups for scales.
-  int64_t lane_offset(int64_t tile, int64_t step, int64_t steps) const {
+  [[gnu::always_inline]] int64_t lane_offset(int64_t tile, int64_t step, int64_t steps) const {
     const int64_t first = tile / kBlockTiles * kBlockTiles;
     return (first * steps + step * block_tiles(tile) + (tile - first)) * kTileN;
   }

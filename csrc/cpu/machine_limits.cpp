@@ -3,12 +3,20 @@
 // the two public functions ask the processor which of them they may call.
 #include "machine_limits.h"
 
+#include <cpuid.h>
 #include <immintrin.h>
 
 #include <cstring>
 
 namespace turbo::cpu {
 namespace {
+
+/// cpuid leaf 7, subleaf 1, EAX bit 4; not every compiler's __builtin_cpu_supports knows the name.
+bool has_avx_vnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) &&
+         (eax >> 4 & 1u);
+}
 
 constexpr size_t kLine = 64;
 /// Distance of the software prefetch, one small page: a little more than memory latency (about
@@ -143,7 +151,7 @@ int64_t dot_loop(DotKind kind, int64_t iterations) {
       return __builtin_cpu_supports("avx512bf16") ? dot_bf16_avx512(iterations) : 0;
     case DotKind::int8:
       if (__builtin_cpu_supports("avx512vnni")) return dot_int8_avx512(iterations);
-      return __builtin_cpu_supports("avxvnni") ? dot_int8_avx2(iterations) : 0;
+      return has_avx_vnni() ? dot_int8_avx2(iterations) : 0;
     case DotKind::fma32:
       if (__builtin_cpu_supports("avx512f")) return dot_fma32_avx512(iterations);
       const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");

@@ -26,7 +26,7 @@ struct Parallel {
 struct Range {
   int64_t begin, end;
 };
-inline Range part(int64_t count, int64_t parts, int64_t index) {
+[[gnu::always_inline]] inline Range part(int64_t count, int64_t parts, int64_t index) {
   return {count * index / parts, count * (index + 1) / parts};
 }
 

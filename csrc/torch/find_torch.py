@@ -23,7 +23,9 @@ def candidates() -> list[Path]:
 
 def main() -> int:
     for path in candidates():
-        if (path / "include" / "torch" / "csrc" / "stable" / "ops.h").is_file():
+        # The stable ABI had no parallel_for before 2.10; its header tells old from new.
+        header = path / "include" / "torch" / "csrc" / "stable" / "ops.h"
+        if header.is_file() and "parallel_for" in header.read_text(encoding="utf-8"):
             print(path)
             return 0
     print(f"no torch with stable ABI headers in {[str(p) for p in candidates()]}", file=sys.stderr)

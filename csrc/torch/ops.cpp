@@ -59,7 +59,8 @@ void check(const char* op, const char* name, const Tensor& t, ScalarType type,
   check_cpu(op, name, t);
   STD_TORCH_CHECK(t.scalar_type() == type, op, ": argument '", name, "': expected dtype ", text(type),
                   ", given ", text(t.scalar_type()));
-  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), t.sizes().begin(), t.sizes().end()), op, ": argument '", name, "': expected shape ", text(sizes),
+  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), t.sizes().begin(), t.sizes().end()), op,
+                  ": argument '", name, "': expected shape ", text(sizes),
                   ", given ", text(t.sizes()));
   STD_TORCH_CHECK(t.is_contiguous(), op, ": argument '", name, "': expected a contiguous tensor");
 }
@@ -71,6 +72,9 @@ DType activation_dtype(const char* op, const char* name, ScalarType type) {
                   "': expected dtype BFloat16, Half or Float, given ", text(type));
   return DType::f32;
 }
+
+/// Sizes up to this keep every offset within 63 bits.
+constexpr int64_t kMost = int64_t{1} << 31;
 
 // ---- instruction set ------------------------------------------------------------------------------
 
@@ -102,7 +106,7 @@ void set_isa(std::string name) {
 std::tuple<Tensor, Tensor, Tensor> w4a16_pack(Tensor codes, Tensor scale,
                                               std::optional<Tensor> zero_point, int64_t k) {
   constexpr const char* kOp = "w4a16_pack";
-  STD_TORCH_CHECK(k > 0, kOp, ": argument 'k': expected a positive number, given ", k);
+  STD_TORCH_CHECK(k > 0 && k <= kMost, kOp, ": argument 'k': expected a positive number up to ", kMost, ", given ", k);
   STD_TORCH_CHECK(codes.dim() == 2 && codes.size(0) > 0, kOp,
                   ": argument 'weight_packed': expected shape [N, ceil(k/8)] with N > 0, given ",
                   text(codes.sizes()));
@@ -122,9 +126,9 @@ std::tuple<Tensor, Tensor, Tensor> w4a16_pack(Tensor codes, Tensor scale,
   Tensor scale_out = torch::stable::new_empty(scale, {layout.padded_n(), groups});
   Tensor zero_out = zero_point ? torch::stable::new_empty(codes, {layout.padded_n() / 8, groups})
                                : torch::stable::new_empty(codes, {0});
-  pack_u4g({layout, static_cast<const uint32_t*>(codes.data_ptr()), layout.k8(), scale.data_ptr(), groups,
-            static_cast<int64_t>(scale.element_size()),
-            zero_point ? static_cast<const uint32_t*>(zero_point->data_ptr()) : nullptr, groups,
+  pack_u4g({layout, static_cast<const uint32_t*>(codes.const_data_ptr()), layout.k8(),
+            scale.const_data_ptr(), groups, static_cast<int64_t>(scale.element_size()),
+            zero_point ? static_cast<const uint32_t*>(zero_point->const_data_ptr()) : nullptr, groups,
             static_cast<uint32_t*>(weight_out.data_ptr()), scale_out.data_ptr(),
             zero_point ? static_cast<uint32_t*>(zero_out.data_ptr()) : nullptr},
            torch_pool());
@@ -139,7 +143,7 @@ Tensor w4a16_linear(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor>
   check_cpu(kOp, "x", x);
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) > 0, kOp,
                   ": argument 'x': expected shape [..., K] with K > 0, given ", text(x.sizes()));
-  STD_TORCH_CHECK(n > 0, kOp, ": argument 'n': expected a positive number, given ", n);
+  STD_TORCH_CHECK(n > 0 && n <= kMost, kOp, ": argument 'n': expected a positive number up to ", kMost, ", given ", n);
   const int64_t k = x.size(x.dim() - 1);
   const bool channel = group_size == -1 || group_size == k;
   STD_TORCH_CHECK(channel || (group_size > 0 && group_size % kDwordK == 0 && k % group_size == 0), kOp,
@@ -160,13 +164,14 @@ Tensor w4a16_linear(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor>
   Tensor y = torch::stable::new_empty(x, sizes);
   if (rows == 0) return y;
 
-  // Any rows with unit inner stride are read where they lie; what has no such form is copied once.
+  // Contiguous x, and rows of a matrix with unit inner stride, are read where they lie; any other x is
+  // copied once.
   if (!(x.is_contiguous() || (x.dim() == 2 && x.stride(1) == 1))) x = torch::stable::contiguous(x);
   const int64_t stride = x.is_contiguous() ? k : x.stride(0);
-  gemm_u4g({layout, dtype, rows, x.data_ptr(), stride, static_cast<const uint32_t*>(weight.data_ptr()),
-            scale.data_ptr(),
-            zero_point ? static_cast<const uint32_t*>(zero_point->data_ptr()) : nullptr,
-            bias ? bias->data_ptr() : nullptr, y.data_ptr()},
+  gemm_u4g({layout, dtype, rows, x.const_data_ptr(), stride,
+            static_cast<const uint32_t*>(weight.const_data_ptr()), scale.const_data_ptr(),
+            zero_point ? static_cast<const uint32_t*>(zero_point->const_data_ptr()) : nullptr,
+            bias ? bias->const_data_ptr() : nullptr, y.data_ptr()},
            chosen_isa().load(), torch_pool());
   return y;
 }
@@ -177,7 +182,7 @@ int64_t limit_read(Tensor buffer) {
   constexpr const char* kOp = "limit_read";
   check_cpu(kOp, "buffer", buffer);
   STD_TORCH_CHECK(buffer.is_contiguous(), kOp, ": argument 'buffer': expected a contiguous tensor");
-  const char* data = static_cast<const char*>(buffer.data_ptr());
+  const char* data = static_cast<const char*>(buffer.const_data_ptr());
   const int64_t lines = buffer.numel() * static_cast<int64_t>(buffer.element_size()) / 64;
   const Parallel pool = torch_pool();
   std::atomic<uint64_t> total{0};
@@ -197,6 +202,8 @@ int64_t limit_dot(std::string kind, int64_t iterations) {
   else
     STD_TORCH_CHECK(kind == "bf16", "limit_dot: argument 'kind': expected bf16, int8 or fma32, given '",
                     kind, "'");
+  STD_TORCH_CHECK(iterations >= 0, "limit_dot: argument 'iterations': expected 0 or more, given ",
+                  iterations);
   const Parallel pool = torch_pool();
   std::atomic<int64_t> total{0};
   pool(pool.threads, [&](int64_t) { total += dot_loop(dot, iterations); });
@@ -222,9 +229,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_plugin_tm, CompositeExplicitAutograd, m) {
   m.impl("get_isa", TORCH_BOX(&get_isa));
   m.impl("set_isa", TORCH_BOX(&set_isa));
   m.impl("limit_dot", TORCH_BOX(&limit_dot));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(vllm_plugin_tm, CPU, m) {
+  // For every device, so that a tensor on a wrong one is named by our own check.
   m.impl("w4a16_pack", TORCH_BOX(&w4a16_pack));
   m.impl("w4a16_linear", TORCH_BOX(&w4a16_linear));
   m.impl("limit_read", TORCH_BOX(&limit_read));

@@ -231,7 +231,7 @@ def test_the_command_refuses_what_cannot_run_here(options, message, capsys):
 
 def test_the_command_says_that_the_extension_is_missing(monkeypatch, capsys):
     def missing():
-        raise ops.ExtensionMissing("made-up reason")
+        raise ops.ExtensionMissingError("made-up reason")
 
     monkeypatch.setattr(ops, "load", missing)
     assert main(["bench", "--quick"]) == 2

@@ -34,6 +34,15 @@ def _extension() -> None:
         pytest.skip("this processor has none of AVX2, AVX-512: there is no kernel to serve with")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The references in this process are too small to share out, and the servers need the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def models() -> Path:
     """Where the tests' own checkpoints lie; made once, kept between runs."""

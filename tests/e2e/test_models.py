@@ -2,7 +2,7 @@
 """Whole seeded models in vLLM against transformers with the dequantized weights: every format,
 fused qkv and gate_up, bias, all activation dtypes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,15 +100,6 @@ def test_log_probabilities(results: dict[str, Any], models: Path, model: Model) 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """The reference models are too small to share out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_every_layer_ran_on_our_kernel(results: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ SEEDS = (0, 1, 2)
 
 @pytest.fixture(scope="module")
 def results(models: Path, run_engines: Callable[..., list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """An engine that starts with seed 0 and is given 1, 2 and 0 anew; then fresh ones of 1 and 2."""
+    """An engine that starts with seed 0 and is given 1, 2 and 0; then fresh ones of 1 and 2."""
     paths = [
         str(e2e_models.quantized(e2e_models.tiny(models, "qwen2", seed=seed), 32, symmetric=False))
         for seed in SEEDS

@@ -75,6 +75,7 @@ def test_sigterm_unwinds():
     root = console.__file__.rpartition("/tools/")[0]
     answer = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert answer.stdout == "cleaned up\n"
+    assert answer.stderr == "error: ended by SIGTERM\n"
     assert answer.returncode == 128 + signal.SIGTERM
 
 

@@ -6,11 +6,21 @@ both arms would run the same code. It is loaded with `-p arm_plugin` in both arm
 carries the property "patches": "applied", or "none" where vllm_plugin_tm left upstream alone.
 """
 
+import json
+import shutil
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
 APPLY = "vllm_plugin_tm.patch.apply"
+# Upstream's fixtures download these into the folder for temporary files, unless they are there:
+# the one thing that the hub's client cannot do from its cache alone.
+OUT_OF_TREE = {
+    "dummy_opt": ("facebook/opt-125m", "MyOPTForCausalLM"),
+    "dummy_gemma2_embedding": ("BAAI/bge-multilingual-gemma2", "MyGemma2Embedding"),
+}
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -18,12 +28,26 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
+    for folder, (model, architecture) in OUT_OF_TREE.items():
+        _provide(Path(tempfile.gettempdir(), folder), model, architecture)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def report_patches(record_testsuite_property) -> None:
     """Puts the state of the patch table, read back from upstream, into the JUnit file."""
     record_testsuite_property("patches", _state())
+
+
+def _provide(folder: Path, model: str, architecture: str) -> None:
+    """Copies a model of the local hub cache, under an architecture that a test plugin registers."""
+    from huggingface_hub import snapshot_download
+
+    if folder.exists():
+        return
+    shutil.copytree(snapshot_download(model, local_files_only=True), folder)
+    config = folder / "config.json"
+    content = json.loads(config.read_text()) | {"architectures": [architecture]}
+    config.write_text(json.dumps(content))
 
 
 def _state() -> str:

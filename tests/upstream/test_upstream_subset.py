@@ -18,7 +18,7 @@ def test_upstreams_selection_tests_pass_with_the_switch_on(repository):
     ops = pytest.importorskip("vllm_plugin_tm.kernels.ops", reason="needs torch")
     try:
         ops.load()
-    except ops.ExtensionMissing as error:
+    except ops.ExtensionMissingError as error:
         pytest.skip(f"the compiled extension is missing: {error}")
     from tools.upstream_test import CACHE, OFFLINE
 

@@ -48,7 +48,7 @@ def run(plan: Plan, progress: Progress = lambda done, total, label: None) -> res
     """Measures the plan.
 
     Raises:
-        ops.ExtensionMissing: the limit loops and our kernel are in the extension.
+        ops.ExtensionMissingError: the limit loops and our kernel are in the extension.
         guard.WrongResultError: our kernel's result is wrong; a peer's is skipped and listed.
     """
     ops.load()

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, more: tuple[Callable, ...] = ()) -> int:
         ops.load()
         isas = _isas(args.isa)
         chosen = _cases(args)
-    except (ValueError, ops.ExtensionMissing, plot.PlotUnavailableError) as error:
+    except (ValueError, ops.ExtensionMissingError, plot.PlotUnavailableError) as error:
         errors.print(f"vllm-tm bench: {error}", highlight=False, markup=False)
         return 2
     from vllm_plugin_tm.bench import guard, results, runner, table
