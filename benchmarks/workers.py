@@ -45,7 +45,8 @@ class Worker:
     def __init__(self, engine: Engine, log: Path) -> None:
         self.engine = engine
         self._log = log
-        environment = dict(os.environ)
+        # Unbuffered: the log is read while the worker is stopped.
+        environment = dict(os.environ) | {"PYTHONUNBUFFERED": "1"}
         for name, value in engine.environment.items():
             environment.pop(name, None)
             if value is not None:

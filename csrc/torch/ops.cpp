@@ -106,7 +106,7 @@ void set_isa(std::string name) {
 std::tuple<Tensor, Tensor, Tensor> w4a16_pack(Tensor codes, Tensor scale,
                                               std::optional<Tensor> zero_point, int64_t k) {
   constexpr const char* kOp = "w4a16_pack";
-  STD_TORCH_CHECK(k > 0 && k <= kMost, kOp, ": argument 'k': expected a positive number up to ", kMost, ", given ", k);
+  STD_TORCH_CHECK(k > 0 && k <= kMost, kOp, ": argument 'k': expected 1 to ", kMost, ", given ", k);
   STD_TORCH_CHECK(codes.dim() == 2 && codes.size(0) > 0, kOp,
                   ": argument 'weight_packed': expected shape [N, ceil(k/8)] with N > 0, given ",
                   text(codes.sizes()));
@@ -143,7 +143,7 @@ Tensor w4a16_linear(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor>
   check_cpu(kOp, "x", x);
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) > 0, kOp,
                   ": argument 'x': expected shape [..., K] with K > 0, given ", text(x.sizes()));
-  STD_TORCH_CHECK(n > 0 && n <= kMost, kOp, ": argument 'n': expected a positive number up to ", kMost, ", given ", n);
+  STD_TORCH_CHECK(n > 0 && n <= kMost, kOp, ": argument 'n': expected 1 to ", kMost, ", given ", n);
   const int64_t k = x.size(x.dim() - 1);
   const bool channel = group_size == -1 || group_size == k;
   STD_TORCH_CHECK(channel || (group_size > 0 && group_size % kDwordK == 0 && k % group_size == 0), kOp,

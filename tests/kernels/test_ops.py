@@ -73,9 +73,10 @@ LINEAR_ERRORS: tuple[tuple[str, Any, str, str], ...] = (
     ("bias", lambda b: b[:-1], "[40]", "[39]"),
     ("bias", lambda b: b.float(), "BFloat16", "Float"),
     ("bias", lambda b: torch.cat((b, b))[::2], "contiguous", "contiguous"),
-    ("n", 0, "positive", "0"),
-    ("n", -1, "positive", "-1"),
-    ("n", -(2**63), "positive", "-9223372036854775808"),
+    ("n", 0, "1 to 2147483648", "given 0"),
+    ("n", -1, "1 to 2147483648", "given -1"),
+    ("n", -(2**63), "1 to 2147483648", "given -9223372036854775808"),
+    ("n", 2**63 - 1, "1 to 2147483648", "given 9223372036854775807"),
     ("group_size", 0, "multiple of 8 that divides K = 96", "0"),
     ("group_size", -2, "multiple of 8 that divides K = 96", "-2"),
     ("group_size", 64, "multiple of 8 that divides K = 96", "64"),
@@ -96,8 +97,9 @@ PACK_ERRORS: tuple[tuple[str, Any, str, str], ...] = (
     ("scale", lambda s: torch.cat((s, s[:, :2]), dim=1), "multiple of 8", "5"),
     ("zero_point", lambda z: z.float(), "Int", "Float"),
     ("zero_point", lambda z: z[:4], "[5, 3]", "[4, 3]"),
-    ("k", 0, "positive", "0"),
-    ("k", -96, "positive", "-96"),
+    ("k", 0, "1 to 2147483648", "given 0"),
+    ("k", -96, "1 to 2147483648", "given -96"),
+    ("k", 2**63 - 1, "1 to 2147483648", "given 9223372036854775807"),
 )
 
 

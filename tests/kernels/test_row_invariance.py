@@ -9,9 +9,9 @@ from w4a16_cases import DTYPES, make_layer, make_x, pairwise
 
 pytestmark = pytest.mark.usefixtures("extension")
 
-# Both sides of every border between kernels: 1 to 8 rows, register tiles, thread shares, and the
-# 512 rows that the driver handles at a time.
-BATCHES = (2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 31, 64, 129, 511, 512, 513, 600)
+# Both sides of every border: 1 to 9 rows of register tiles, thread shares, and once and twice the
+# 256 rows that the driver handles at a time.
+BATCHES = (2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 31, 64, 129, 255, 256, 257, 511, 513, 600)
 GRID = pairwise(
     group=((8, 24), (32, 96), (64, 192), (128, 640), (136, 272), (-1, 20), (-1, 320)),
     n=(1, 17, 48, 100, 129),

@@ -103,6 +103,8 @@ LOOK_ALIKES: tuple[LookAlike, ...] = (
     LookAlike(
         "BAAI/bge-multilingual-gemma2", "Gemma2Model", "gemma2", DENSE, UNQUANTIZED, decoder, {}
     ),
+    # quantization/test_register_quantization_config.py
+    _llama("meta-llama/Llama-3.2-1B-Instruct", UNQUANTIZED),
     # quantization/test_cpu_w8a8.py
     _qwen3_moe(
         "RedHatAI/Qwen3-30B-A3B-Instruct-2507-quantized.w8a8",

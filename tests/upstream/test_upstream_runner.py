@@ -75,7 +75,12 @@ def test_a_run_without_any_outcome_fails(monkeypatch, tmp_path):
 
 
 def test_a_hanging_process_is_not_waited_for():
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    # A shell's background jobs ignore SIGINT, and so would their children.
+    code = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code])
     try:
         assert upstream_test.wait_for([process], timeout_s=0.2)[0] < 5
     finally:
