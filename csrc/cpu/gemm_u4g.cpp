@@ -43,31 +43,54 @@ const GemmU4gIsa& kernels(Isa isa, DType dtype) {
 /// Below this many units the preparation of x costs less than waking the other threads.
 constexpr int64_t kParallelUnits = 1 << 15;
 
+/// From this many rows on x is laid out by row tiles: below, that costs what it gains.
+constexpr int64_t kManyRows = 32;
+
+/// x as the kernels read it. Scratch memory: rows of units where x needs converting, tiles of units
+/// for many rows, sums over groups for asymmetric weights.
 PreparedX prepare(const GemmU4g& args, const GemmU4gIsa& isa, const Parallel& parallel) {
   const LayoutU4g& l = args.layout;
   const bool convert = !isa.reads_in_place || l.k % kDwordK != 0;
-  const int64_t row_units = l.k8() * isa.units_per_k8;
-  const int64_t units = convert ? args.rows * row_units : 0;
+  const bool tiled = args.rows >= kManyRows;
+  const int64_t row_units = l.k8() * isa.units_per_k8, units = args.rows * row_units;
+  const int64_t row_tiles = ceil_div(args.rows, tiled ? isa.many_rows : isa.few_rows);
   const int64_t sums = args.zero ? args.rows * l.groups : 0;
-  PreparedX x{static_cast<const char*>(args.x), args.x_stride * dtype_size(args.dtype), nullptr};
-  if (units + sums == 0) return x;
+  const auto* x = static_cast<const char*>(args.x);
+  const int64_t x_bytes = args.x_stride * dtype_size(args.dtype);
+  if (!convert && !tiled && !sums) return {x, x_bytes, nullptr, false, row_tiles};
 
-  auto* memory = static_cast<uint32_t*>(prepared_scratch.ensure((units + sums) * sizeof(uint32_t)));
-  if (convert) x = {reinterpret_cast<const char*>(memory), row_units * 4, nullptr};
-  if (args.zero) x.sums = reinterpret_cast<const float*>(memory + units);
+  auto* memory = static_cast<uint32_t*>(
+      prepared_scratch.ensure((units * (convert + tiled) + sums) * sizeof(uint32_t)));
+  uint32_t* const row_memory = memory;
+  uint32_t* const tile_memory = memory + (convert ? units : 0);
+  auto* const sum_memory = reinterpret_cast<float*>(tile_memory + (tiled ? units : 0));
 
-  const bool serial = args.rows * row_units < kParallelUnits;
-  const int64_t tasks = serial ? 1 : std::min(args.rows, parallel.threads);
-  const auto body = [&](int64_t task) {
-    const Range rows = part(args.rows, tasks, task);
-    if (convert) isa.prepare(args, rows.begin, rows.end, x);
-    if (args.zero) isa.sum(args, rows.begin, rows.end, x);
+  const auto prepare_tile = [&](int64_t tile) {
+    const Range rows = part(args.rows, row_tiles, tile);
+    const Unit* row_units_of[8];
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const Unit* source = reinterpret_cast<const Unit*>(x + row * x_bytes);
+      if (convert) {
+        isa.convert(args, row, row_memory + row * row_units);
+        source = row_memory + row * row_units;
+      }
+      if (sums) isa.sum(args, source, sum_memory + row * l.groups);
+      row_units_of[row - rows.begin] = source;
+    }
+    if (tiled)
+      isa.interleave(row_units_of, rows.end - rows.begin, row_units, tile_memory + rows.begin * row_units);
   };
-  if (serial)
-    body(0);
+  if (units < kParallelUnits)
+    for (int64_t tile = 0; tile < row_tiles; ++tile) prepare_tile(tile);
   else
-    parallel(tasks, body);
-  return x;
+    parallel(row_tiles, prepare_tile);
+
+  const float* const all_sums = sums ? sum_memory : nullptr;
+  if (tiled)
+    return {reinterpret_cast<const char*>(tile_memory), row_units * 4, all_sums, true, row_tiles};
+  if (convert)
+    return {reinterpret_cast<const char*>(row_memory), row_units * 4, all_sums, false, row_tiles};
+  return {x, x_bytes, all_sums, false, row_tiles};
 }
 
 /// Items of work for each thread: the last one to finish is then at most an eighth behind.
@@ -76,31 +99,27 @@ constexpr int64_t kItemsPerThread = 8;
 void gemm_chunk(const GemmU4g& args, const GemmU4gIsa& isa, const Parallel& parallel) {
   const PreparedX x = prepare(args, isa, parallel);
   const int64_t tiles = args.layout.tiles();
-  if (args.rows <= isa.tile_rows) {
+  if (x.row_tiles == 1) {
     // Bound by memory: near-equal bytes for each thread.
     const int64_t tasks = std::min(tiles, parallel.threads);
     parallel(tasks, [&](int64_t task) {
-      const Range tile = part(tiles, tasks, task);
-      isa.run(args, x, {tile.begin, tile.end, 0, args.rows});
+      isa.run(args, x, {part(tiles, tasks, task), {0, 1}});
     });
     return;
   }
-  // Bound by the dot unit: whole blocks, the widest register tile, and as many cuts of the rows as make
+  // Bound by the dot units: whole blocks, the widest register tile, and as many cuts of the rows as make
   // the threads' shares equal. Consecutive items of a thread share their block, or their rows.
   const int64_t blocks = ceil_div(tiles, kBlockTiles);
-  const int64_t row_tiles = ceil_div(args.rows, isa.tile_rows);
   const int64_t cuts =
-      std::clamp<int64_t>(ceil_div(kItemsPerThread * parallel.threads, blocks), 1, row_tiles);
+      std::clamp<int64_t>(ceil_div(kItemsPerThread * parallel.threads, blocks), 1, x.row_tiles);
   const int64_t items = blocks * cuts;
   const int64_t tasks = std::min(items, parallel.threads);
   parallel(tasks, [&](int64_t task) {
     const Range mine = part(items, tasks, task);
     for (int64_t item = mine.begin; item < mine.end; ++item) {
       const int64_t tile = item / cuts * kBlockTiles;
-      const Range row = part(row_tiles, cuts, item % cuts);
       isa.run(args, x,
-              {tile, std::min(tile + kBlockTiles, tiles), row.begin * isa.tile_rows,
-               std::min(row.end * isa.tile_rows, args.rows)});
+              {{tile, std::min(tile + kBlockTiles, tiles)}, part(x.row_tiles, cuts, item % cuts)});
     }
   });
 }

@@ -18,8 +18,10 @@ struct Avx2 {
   static constexpr int64_t kSize = dtype_size(D);
   static constexpr int kDots = 8, kPlanes = 1;
   static constexpr bool kReadsInPlace = D == DType::f32;
-  // 2 tiles x 2 vectors x 3 rows = 12 accumulators, 1 weights, 1 activation of 16 registers.
-  static constexpr int kTiles = 2, kRows = 3;
+  // Few: 2 tiles x 2 vectors x 2 rows = 8 accumulators, 4 weights, 1 activation of 16 registers.
+  // Many: 1 tile x 2 vectors x 5 rows = 10, 2 and 1: the decoding is shared by more rows.
+  using Few = RegisterTile<2, 2>;
+  using Many = RegisterTile<1, 5>;
 
   static Vec zero() { return _mm256_setzero_ps(); }
   static Vec set1(float v) { return _mm256_set1_ps(v); }
@@ -39,10 +41,10 @@ struct Avx2 {
     return _mm256_castps_si256(_mm256_cvtepi32_ps(_mm256_srai_epi32(top, 28)));
   }
 
-  static void dot_broadcast(Vec& acc, Raw weights, const uint32_t* unit) {
-    float value;
-    __builtin_memcpy(&value, unit, sizeof value);
-    acc = _mm256_fmadd_ps(_mm256_castsi256_ps(weights), _mm256_set1_ps(value), acc);
+  static Raw broadcast(const Unit* unit) { return _mm256_set1_epi32(static_cast<int>(*unit)); }
+
+  static void dot(Vec& acc, Raw weights, Raw unit) {
+    acc = _mm256_fmadd_ps(_mm256_castsi256_ps(weights), _mm256_castsi256_ps(unit), acc);
   }
 
   static Vec from_half(__m128i half) {
@@ -90,7 +92,7 @@ struct Avx2 {
     __builtin_memcpy(y, buffer, count * kSize);
   }
 
-  static void prepare_row(const char* x, int64_t k, uint32_t* units, int64_t count) {
+  static void convert_row(const char* x, int64_t k, uint32_t* units, int64_t count) {
     for (int64_t i = 0; i < count; i += kLanes) {
       const int64_t left = k - i;
       _mm256_storeu_ps(reinterpret_cast<float*>(units + i),
@@ -98,7 +100,7 @@ struct Avx2 {
     }
   }
 
-  static float sum_units(const uint32_t* units, int64_t count) {
+  static float sum_units(const Unit* units, int64_t count) {
     Vec acc = zero();
     for (int64_t i = 0; i < count; i += kLanes)
       acc = add(acc, _mm256_loadu_ps(reinterpret_cast<const float*>(units + i)));

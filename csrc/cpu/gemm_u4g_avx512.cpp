@@ -2,7 +2,7 @@
 // AVX-512 without BF16, and fp32 activations on every AVX-512: 4-bit weights become fp32.
 //
 // Per 64 bytes of weights (128 weights, 16 channels): 1 load, 7 shifts, 8 table permutes and, for each
-// row, 8 multiply-adds with a broadcast operand from memory: bound by the shuffle unit for one row,
+// row, 8 multiply-adds: bound by the shuffle unit for one row,
 // by the multiply-add unit for more.
 #include "avx512_io.h"
 #include "gemm_u4g_kernel.h"
@@ -17,8 +17,8 @@ struct Avx512 : Avx512Io<D> {
   using Raw = __m512i;
   static constexpr int kDots = 8, kPlanes = 1;
   static constexpr bool kReadsInPlace = D == DType::f32;
-  // 4 tiles x 4 rows = 16 accumulators; most of the 16 totals fit beside them.
-  static constexpr int kTiles = 4, kRows = 4;
+  using Few = RegisterTile<4, 4>;
+  using Many = RegisterTile<2, 8>;
 
   static Raw load(const uint32_t* p) { return _mm512_loadu_si512(p); }
 
@@ -30,12 +30,14 @@ struct Avx512 : Avx512Io<D> {
     return _mm512_castps_si512(_mm512_permutexvar_ps(index, signed_nibbles_f32()));
   }
 
-  /// The operand straight from memory, see gemm_u4g_avx512bf16.cpp.
-  static void dot_broadcast(Vec& acc, Raw weights, const uint32_t* unit) {
-    asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(weights), "m"(*unit));
+  static Raw broadcast(const Unit* unit) { return _mm512_set1_epi32(static_cast<int>(*unit)); }
+
+  /// Not the intrinsic, see gemm_u4g_avx512bf16.cpp.
+  static void dot(Vec& acc, Raw weights, Raw unit) {
+    asm("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(unit));
   }
 
-  static void prepare_row(const char* x, int64_t k, uint32_t* units, int64_t count) {
+  static void convert_row(const char* x, int64_t k, uint32_t* units, int64_t count) {
     for (int64_t i = 0; i < count; i += 16) {
       const int64_t left = k - i, units_left = count - i;
       const Vec v =
@@ -45,7 +47,7 @@ struct Avx512 : Avx512Io<D> {
     }
   }
 
-  static float sum_units(const uint32_t* units, int64_t count) {
+  static float sum_units(const Unit* units, int64_t count) {
     Vec acc = Base::zero();
     for (int64_t i = 0; i < count; i += 16) {
       const int64_t left = count - i;

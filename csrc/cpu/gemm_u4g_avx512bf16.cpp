@@ -2,8 +2,9 @@
 // AVX-512 with BF16: 4-bit weights become exact bf16 integers, two per lane, for vdpbf16ps.
 //
 // Per 64 bytes of weights (128 weights, 16 channels): 1 load, 3 shifts, 4 table permutes and, for each
-// row, 4 dots with a broadcast operand from memory. One row is bound by memory (11 vector operations
-// on a line that takes 8 to 14 cycles to arrive here); from 3 or 4 rows on the dot unit is the limit.
+// row, 4 dots; a broadcast of activations serves 4 tiles (2 for many rows). One row is bound by memory (12
+// vector operations on a line that takes 7 to 14 cycles to arrive); from 3 to 8 rows on the dot units are
+// the limit (one dot a cycle on Zen 4, two on Zen 5).
 #include "avx512_io.h"
 #include "gemm_u4g_kernel.h"
 
@@ -29,9 +30,11 @@ struct Avx512Bf16 : Avx512Io<D> {
   // fp16 has 11 significant bits, bf16 has 8: x = hi + lo exactly, one unit for each.
   static constexpr int kPlanes = D == DType::f16 ? 2 : 1;
   static constexpr bool kReadsInPlace = D == DType::bf16;
-  // 4 tiles x 4 rows = 16 accumulators, 1 line of weights and its decoded form, 1 table of 32 registers;
-  // most of the 16 totals stay in the rest. 6 rows would spill all totals: 11 % slower at group 32.
-  static constexpr int kTiles = 4, kRows = 4;
+  // 16 accumulators, packed and decoded weights, 1 broadcast and 1 table of 32 registers; most of the
+  // 16 totals stay in the rest. For many rows 2 x 8 halves the decoding against 4 x 4 (3 to 5 % faster
+  // on Zen 5); 4 x 6 and 2 x 10 spill all totals: 2 % slower at group 32, not faster at group 128.
+  using Few = RegisterTile<4, 4>;
+  using Many = RegisterTile<2, 8>;
 
   static Raw load(const uint32_t* p) { return _mm512_loadu_si512(p); }
 
@@ -40,13 +43,15 @@ struct Avx512Bf16 : Avx512Io<D> {
     return _mm512_permutexvar_epi16(J ? _mm512_srli_epi16(raw, 4 * J) : raw, signed_nibbles_bf16());
   }
 
-  /// The operand straight from memory: left to itself the compiler would keep all broadcasts of a
-  /// step in registers and spill the accumulators.
-  static void dot_broadcast(Vec& acc, Raw weights, const uint32_t* unit) {
-    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(weights), "m"(*unit));
+  static Raw broadcast(const Unit* unit) { return _mm512_set1_epi32(static_cast<int>(*unit)); }
+
+  /// Not the intrinsic: with it the compiler would broadcast again, from memory, for every dot, and
+  /// two loads a cycle would be the bound.
+  static void dot(Vec& acc, Raw weights, Raw unit) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(unit));
   }
 
-  static void prepare_row(const char* x, int64_t k, uint32_t* units, int64_t count) {
+  static void convert_row(const char* x, int64_t k, uint32_t* units, int64_t count) {
     if constexpr (D == DType::bf16) {
       __builtin_memcpy(units, x, k * 2);
       __builtin_memset(reinterpret_cast<char*>(units) + k * 2, 0, count * 4 - k * 2);
@@ -69,7 +74,7 @@ struct Avx512Bf16 : Avx512Io<D> {
     }
   }
 
-  static float sum_units(const uint32_t* units, int64_t count) {
+  static float sum_units(const Unit* units, int64_t count) {
     const __m512i ones = _mm512_set1_epi32(0x3F803F80);
     Vec acc = Base::zero();
     for (int64_t i = 0; i < count; i += 16) {

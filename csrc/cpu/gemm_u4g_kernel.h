@@ -3,27 +3,30 @@
 //
 // A line of weights is decoded in registers and used at once by all rows of a register tile; nothing is
 // ever written back. One row is bound by memory. For many rows the weights of a block come from the
-// second-level cache once per row tile, and decoding them again costs less than storing them: it runs on
-// the shuffle and shift units while the dot unit, the bound, is busy (gemm_u4g.h states the arithmetic).
+// second-level cache once per row tile, and decoding them again costs no more than storing them: it runs on
+// the shuffle and shift units while the dot units, the bound, are busy (gemm_u4g.h states the arithmetic).
+// A dot's result is needed by the same accumulator's next dot: at two dots a cycle, each 6 cycles late
+// (Zen 5), a register tile needs 16 accumulators, and dots on one of them lie as far apart as possible.
 //
 // `I` provides  Vec, Raw           accumulator; a register of packed or decoded weights
 //               kLanes             channels in a Vec
 //               kDots, kPlanes     dots per dword of 8 weights; units of x per dot
-//               kTiles, kRows      largest register tile: accumulators + operands must fit
-//               load, decode<j>, dot_broadcast, zero, set1, add, fma, fnma,
-//               scale_vec, zero_vec, bias_vec, store_y, prepare_row, sum_units
+//               Few, Many          register tiles {kTiles, kRows} for x by rows, x by tiles
+//               load, decode<j>, broadcast, dot, zero, set1, add, fma, fnma,
+//               scale_vec, zero_vec, bias_vec, store_y, convert_row, sum_units
 // Everything here has internal linkage, as all that it includes: code of one instruction set must never
 // be merged by the linker with that of another.
 #pragma once
 
 #include "gemm_u4g_isa.h"
+#include "interleave.h"
 
 namespace turbo::cpu {
 namespace {
 
-/// Weights are read once per tile of rows: fetched this far ahead of their use, in bytes. Long enough to
-/// cover a memory latency of 100 ns at 20 GB/s for one thread.
-constexpr int64_t kPrefetchBytes = 2048;
+/// Weights are fetched this far ahead of their use, in bytes: what one thread reads, at 35 GB/s, during a
+/// memory latency under load of more than 200 ns. On Zen 5 and one row 8 KiB was a quarter faster than 2 KiB.
+constexpr int64_t kPrefetchBytes = 8192;
 
 template <class I>
 struct KernelU4g {
@@ -53,8 +56,8 @@ struct KernelU4g {
             lanes / per_zero};
   }
 
-  static const uint32_t* row_units(const PreparedX& x, int64_t row) {
-    return reinterpret_cast<const uint32_t*>(x.units + row * x.row_bytes);
+  static const Unit* row_units(const PreparedX& x, int64_t row) {
+    return reinterpret_cast<const Unit*>(x.units + row * x.row_bytes);
   }
 
   static void finish(const GemmU4g& a, int64_t row, int64_t channel, Vec total) {
@@ -67,34 +70,57 @@ struct KernelU4g {
     I::store_y(static_cast<char*>(a.y) + (row * a.layout.n + channel) * size, total, count);
   }
 
-  template <int J, int V, int R>
-  static inline __attribute__((always_inline)) void dot_rows(Vec (&acc)[V][R], int v, Raw raw,
-                                                             const uint32_t* const (&x)[R],
-                                                             int64_t unit) {
-    const Raw weights = I::template decode<J>(raw);
+  /// Where a register tile finds its units of x; `next` moves on by one dword of weights.
+  template <int R>
+  struct Rows {
+    const Unit* row[R];
+    int64_t unit = 0;
+    Rows(const PreparedX& x, int64_t first) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
+      for (int r = 0; r < R; ++r) row[r] = row_units(x, first + r);
+    }
+    const Unit* at(int r, int u) const { return row[r] + unit + u; }
+    void next() { unit += kUnits; }
+  };
+  template <int R>
+  struct Tiled {
+    const Unit* units;
+    Tiled(const PreparedX& x, int64_t first) : units(row_units(x, first)) {}
+    const Unit* at(int r, int u) const { return units + u * R + r; }
+    void next() { units += R * kUnits; }
+  };
+
+  /// All dots of one dword of weights of V vectors with R rows, k ascending.
+  template <int J, int V, int R, class X>
+  static inline __attribute__((always_inline)) void dots(Vec (&acc)[V][R], const Raw (&raw)[V],
+                                                         const X& x) {
+    Raw weights[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) weights[v] = I::template decode<J>(raw[v]);
 #pragma GCC unroll 2
-      for (int p = 0; p < I::kPlanes; ++p)
-        I::dot_broadcast(acc[v][r], weights, x[r] + unit + J * I::kPlanes + p);
-    if constexpr (J + 1 < I::kDots) dot_rows<J + 1>(acc, v, raw, x, unit);
+    for (int p = 0; p < I::kPlanes; ++p)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Raw unit = I::broadcast(x.at(r, J * I::kPlanes + p));
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) I::dot(acc[v][r], weights[v], unit);
+      }
+    if constexpr (J + 1 < I::kDots) dots<J + 1>(acc, raw, x);
   }
 
   /// One register tile: R rows from `row`, T tiles from `tile`, all of K.
-  template <int T, int R>
+  template <template <int> class X, int T, int R>
   static void register_tile(const GemmU4g& a, const PreparedX& px, int64_t tile, int64_t row) {
     constexpr int V = T * kTileVecs;
     const LayoutU4g& l = a.layout;
     Stream s = stream(a, tile);
-    const uint32_t* x[R];
-    for (int r = 0; r < R; ++r) x[r] = row_units(px, row + r);
+    X<R> x(px, row);
     Vec total[V][R];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v)
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) total[v][r] = I::zero();
 
-    int64_t unit = 0;
     for (int64_t g = 0; g < l.groups; ++g) {
       Vec acc[V][R];
 #pragma GCC unroll 8
@@ -102,13 +128,14 @@ struct KernelU4g {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) acc[v][r] = I::zero();
 
-      for (int64_t i = 0; i < l.group_k8(); ++i, unit += kUnits, s.weight += s.weight_step) {
+      for (int64_t i = 0; i < l.group_k8(); ++i, x.next(), s.weight += s.weight_step) {
+        Raw raw[V];
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) raw[v] = I::load(s.weight + v * I::kLanes);
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t)
           __builtin_prefetch(s.weight + t * kTileN + kPrefetchBytes / 4);
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v)
-          dot_rows<0>(acc, v, I::load(s.weight + v * I::kLanes), x, unit);
+        dots<0>(acc, raw, x);
       }
 
       if (s.zero) {
@@ -130,59 +157,66 @@ struct KernelU4g {
       }
       s.scale += s.scale_step;
     }
+    // Unrolled: an index that is not a constant would keep all totals in memory, in the loop above too.
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v)
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
         finish(a, row + r, tile * kTileN + v * I::kLanes, total[v][r]);
   }
 
-  template <int T, int R>
+  template <template <int> class X, int T, int R>
   static void with_rows(int64_t rows, const GemmU4g& a, const PreparedX& x, int64_t tile, int64_t row) {
     if constexpr (R > 1) {
-      if (rows < R) return with_rows<T, R - 1>(rows, a, x, tile, row);
+      if (rows < R) return with_rows<X, T, R - 1>(rows, a, x, tile, row);
     }
-    register_tile<T, R>(a, x, tile, row);
+    register_tile<X, T, R>(a, x, tile, row);
   }
 
-  template <int T>
+  template <template <int> class X, int T, int R>
   static void with_tiles(int64_t tiles, int64_t rows, const GemmU4g& a, const PreparedX& x,
                          int64_t tile, int64_t row) {
     if constexpr (T > 1) {
-      if (tiles < T) return with_tiles<T - 1>(tiles, rows, a, x, tile, row);
+      if (tiles < T) return with_tiles<X, T - 1, R>(tiles, rows, a, x, tile, row);
     }
-    with_rows<T, I::kRows>(rows, a, x, tile, row);
+    with_rows<X, T, R>(rows, a, x, tile, row);
   }
 
-  static void run(const GemmU4g& a, const PreparedX& x, const Share& share) {
-    const int64_t rows = share.row1 - share.row0;
-    const int64_t parts = ceil_div(rows, I::kRows);
-    for (int64_t tile = share.tile0; tile < share.tile1;) {
+  /// Channel tiles outside, so that a register tile's weights stay near for all its row tiles.
+  template <template <int> class X, class Shape>
+  static void run_shape(const GemmU4g& a, const PreparedX& x, const Share& share) {
+    for (int64_t tile = share.tiles.begin; tile < share.tiles.end;) {
       const int64_t block_end = (tile / kBlockTiles + 1) * kBlockTiles;
-      int64_t tiles = (block_end < share.tile1 ? block_end : share.tile1) - tile;
-      if (tiles > I::kTiles) tiles = I::kTiles;
-      for (int64_t i = 0; i < parts; ++i) {
-        const Range r = part(rows, parts, i);
-        with_tiles<I::kTiles>(tiles, r.end - r.begin, a, x, tile, share.row0 + r.begin);
+      int64_t tiles = (block_end < share.tiles.end ? block_end : share.tiles.end) - tile;
+      if (tiles > Shape::kTiles) tiles = Shape::kTiles;
+      for (int64_t i = share.row_tiles.begin; i < share.row_tiles.end; ++i) {
+        const Range r = part(a.rows, x.row_tiles, i);
+        with_tiles<X, Shape::kTiles, Shape::kRows>(tiles, r.end - r.begin, a, x, tile, r.begin);
       }
       tile += tiles;
     }
   }
 
-  static void prepare(const GemmU4g& a, int64_t row0, int64_t row1, const PreparedX& x) {
-    const LayoutU4g& l = a.layout;
-    for (int64_t row = row0; row < row1; ++row)
-      I::prepare_row(static_cast<const char*>(a.x) + row * a.x_stride * dtype_size(a.dtype), l.k,
-                     const_cast<uint32_t*>(row_units(x, row)), l.k8() * kUnits);
+  static void run(const GemmU4g& a, const PreparedX& x, const Share& share) {
+    if (x.tiled)
+      run_shape<Tiled, typename I::Many>(a, x, share);
+    else
+      run_shape<Rows, typename I::Few>(a, x, share);
   }
 
-  static void sum(const GemmU4g& a, int64_t row0, int64_t row1, const PreparedX& x) {
-    const int64_t units = a.layout.group_k8() * kUnits;
-    for (int64_t row = row0; row < row1; ++row)
-      for (int64_t g = 0; g < a.layout.groups; ++g)
-        const_cast<float*>(x.sums)[row * a.layout.groups + g] =
-            I::sum_units(row_units(x, row) + g * units, units);
+  static void convert(const GemmU4g& a, int64_t row, uint32_t* units) {
+    I::convert_row(static_cast<const char*>(a.x) + row * a.x_stride * dtype_size(a.dtype), a.layout.k,
+                   units, a.layout.k8() * kUnits);
   }
 
-  static constexpr GemmU4gIsa kTable{kUnits, I::kRows, I::kReadsInPlace, prepare, sum, run};
+  static void sum(const GemmU4g& a, const Unit* units, float* sums) {
+    const int64_t count = a.layout.group_k8() * kUnits;
+    for (int64_t g = 0; g < a.layout.groups; ++g) sums[g] = I::sum_units(units + g * count, count);
+  }
+
+  static_assert(I::Many::kRows <= kInterleaveRows);
+  static constexpr GemmU4gIsa kTable{kUnits,  I::Few::kRows, I::Many::kRows, I::kReadsInPlace,
+                                     convert, interleave,    sum,            run};
 };
 
 }  // namespace

@@ -30,6 +30,22 @@ def test_every_symbol_is_exactly_as_known(version, vllm_sources):
     assert broken == set(REFUSED.get(version, {}))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("version", COMPAT_VLLM)
+def test_the_patched_tables_hold_what_the_patches_look_for(version, vllm_sources):
+    """A table without our entry's place would be patched without effect, or not at all."""
+    tree = vllm_sources(version)
+    linear = "vllm.model_executor.kernels.linear"
+    loader = "vllm.model_executor.model_loader"
+    assert "PlatformEnum.CPU" in tree.entries(f"{linear}:_POSSIBLE_KERNELS")
+    assert {"'auto'", "'dummy'", "'safetensors'"} <= set(
+        tree.entries(f"{loader}:_LOAD_FORMAT_TO_MODEL_LOADER")
+    )
+    assert tree.bases(f"{linear}.mixed_precision.cpu:CPUWNA16LinearKernel") == ("MPLinearKernel",)
+    for name in ("DefaultModelLoader", "DummyModelLoader"):
+        assert tree.bases(f"{loader}:{name}") == ("BaseModelLoader",)
+
+
 def test_no_version_of_the_compat_range_is_known_to_be_refused():
     assert not set(REFUSED) & set(COMPAT_VLLM)
 

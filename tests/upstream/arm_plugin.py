@@ -15,12 +15,9 @@ from pathlib import Path
 import pytest
 
 APPLY = "vllm_plugin_tm.patch.apply"
-# Upstream's fixtures download these into the folder for temporary files, unless they are there:
-# the one thing that the hub's client cannot do from its cache alone.
-OUT_OF_TREE = {
-    "dummy_opt": ("facebook/opt-125m", "MyOPTForCausalLM"),
-    "dummy_gemma2_embedding": ("BAAI/bge-multilingual-gemma2", "MyGemma2Embedding"),
-}
+# A fixture of upstream's downloads this model into a folder for temporary files, unless it is
+# there: the one thing that the hub's client cannot do from its cache alone.
+OUT_OF_TREE = ("dummy_opt", "facebook/opt-125m", "MyOPTForCausalLM")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -28,8 +25,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    for folder, (model, architecture) in OUT_OF_TREE.items():
-        _provide(Path(tempfile.gettempdir(), folder), model, architecture)
+    _provide_out_of_tree_model(*OUT_OF_TREE)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,10 +34,11 @@ def report_patches(record_testsuite_property) -> None:
     record_testsuite_property("patches", _state())
 
 
-def _provide(folder: Path, model: str, architecture: str) -> None:
+def _provide_out_of_tree_model(name: str, model: str, architecture: str) -> None:
     """Copies a model of the local hub cache, under an architecture that a test plugin registers."""
     from huggingface_hub import snapshot_download
 
+    folder = Path(tempfile.gettempdir(), name)
     if folder.exists():
         return
     shutil.copytree(snapshot_download(model, local_files_only=True), folder)

@@ -100,9 +100,6 @@ LOOK_ALIKES: tuple[LookAlike, ...] = (
     LookAlike("openai-community/gpt2", "GPT2", "gpt2", DENSE, UNQUANTIZED, decoder, {}),
     # plugins_tests
     LookAlike("facebook/opt-125m", "OPTForCausalLM", "opt", DENSE, UNQUANTIZED, opt, _OPT),
-    LookAlike(
-        "BAAI/bge-multilingual-gemma2", "Gemma2Model", "gemma2", DENSE, UNQUANTIZED, decoder, {}
-    ),
     # quantization/test_register_quantization_config.py
     _llama("meta-llama/Llama-3.2-1B-Instruct", UNQUANTIZED),
     # quantization/test_cpu_w8a8.py
