@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens per second of whole engines on one model: vLLM with the plugin, vLLM without it, vLLM in
-bf16, and llama.cpp, in turns.
+"""Tokens per second of whole engines on one model: vLLM with the plugin and without it, on W4A16,
+W8A8 and W4A8 checkpoints, vLLM in bf16, and llama.cpp, in turns.
 
     python benchmarks/end_to_end.py --json end_to_end.json
 
@@ -14,7 +14,7 @@ import json
 import shlex
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
@@ -32,15 +32,29 @@ from workers import (
 
 from vllm_plugin_tm.bench import machine
 
-SCHEMA = 1
-PLUGIN, UPSTREAM, BF16, LLAMACPP = "plugin", "upstream W4A16", "upstream bf16", "llama.cpp Q4_0"
-_ENGINES = {"plugin": PLUGIN, "upstream": UPSTREAM, "bf16": BF16, "llamacpp": LLAMACPP}
-# What the log of each vLLM must have and must not: the kernel classes that it chose.
-_OURS, _UPSTREAMS = "TMW4A16LinearKernel", "CPUWNA16LinearKernel"
-_LOGS = {
-    "plugin": (f"Using {_OURS}", (f"Using {_UPSTREAMS}",)),
-    "upstream": (f"Using {_UPSTREAMS}", (_OURS,)),
-    "bf16": ("", (_OURS, _UPSTREAMS)),
+SCHEMA = 2
+LLAMACPP = "llama.cpp Q4_0"
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """An engine under its name in reports. vLLM's have a checkpoint's `scheme`, None for bf16, run
+    with the plugin or without, and log `chosen` once their layers have a kernel."""
+
+    title: str
+    scheme: str | None = None
+    plugin: bool = False
+    chosen: str = ""
+
+
+_ENGINES = {
+    "plugin-w4a16": _Kind("plugin W4A16", "w4a16", True, "Using TMWNA16LinearKernel"),
+    "upstream-w4a16": _Kind("upstream W4A16", "w4a16", False, "Using CPUWNA16LinearKernel"),
+    "plugin-w8a8": _Kind("plugin W8A8", "w8a8", True, "Selected TMInt8ScaledMMLinearKernel"),
+    "upstream-w8a8": _Kind("upstream W8A8", "w8a8", False, "Selected CPUInt8ScaledMMLinearKernel"),
+    "plugin-w4a8": _Kind("plugin W4A8", "w4a8", True, "Using TMW4A8IntLinearKernel"),
+    "bf16": _Kind("upstream bf16"),
+    "llamacpp": _Kind(LLAMACPP),
 }
 
 
@@ -95,15 +109,15 @@ def _engine_names(text: str) -> tuple[str, ...]:
 
 
 def _start(name: str, args: argparse.Namespace, directory: Path) -> Worker:
-    print(f"loading {_ENGINES[name]} ...", file=sys.stderr, flush=True)
+    kind = _ENGINES[name]
+    print(f"loading {kind.title} ...", file=sys.stderr, flush=True)
     log = directory / f"{name}.log"
     if name == "llamacpp":
         return Worker(llamacpp_peer.engine(LLAMACPP, directory, args.threads), log)
-    quantized = name != "bf16"
-    model = llama_1b.write(directory / ("w4a16" if quantized else "bf16"), quantized=quantized)
+    model = llama_1b.write(directory / (kind.scheme or "bf16"), kind.scheme)
     cpus = machine.usable_cpus()[: args.threads]
     environment: dict[str, str | None] = {
-        "VLLM_PLUGIN_TM": "1" if name == "plugin" else None,
+        "VLLM_PLUGIN_TM": "1" if kind.plugin else None,
         # All processors for the model: the figures are about kernels, and nothing else runs.
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cpus)),
@@ -111,8 +125,8 @@ def _start(name: str, args: argparse.Namespace, directory: Path) -> Worker:
     }
     worker = Path(__file__).with_name("vllm_worker.py")
     command = [sys.executable, str(worker), str(model)]
-    has, lacks = _LOGS[name]
-    return Worker(Engine(_ENGINES[name], command, environment, has, lacks), log)
+    others = tuple(k.chosen for k in _ENGINES.values() if k.chosen not in ("", kind.chosen))
+    return Worker(Engine(kind.title, command, environment, kind.chosen, others), log)
 
 
 def _measure(running: list[Worker], args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
@@ -131,15 +145,21 @@ def _measure(running: list[Worker], args: argparse.Namespace) -> dict[str, dict[
 
 
 def _report(args: argparse.Namespace, measured: dict, load_s: dict[str, float]) -> dict:
-    """Rates of every round, their medians, and the plugin's ratio to each from paired rounds."""
-    own = measured.get(PLUGIN)
-    ratios = {}
-    for name, rates in measured.items():
-        if own and name != PLUGIN:
-            ratios[name] = {
-                kind: median(a / b for a, b in zip(own[kind], rates[kind], strict=True))
+    """Rates of every round, their medians, and, from paired rounds, the ratio of each engine with
+    the plugin to each without."""
+    ours = {kind.title for kind in _ENGINES.values() if kind.plugin}
+    ratios = {
+        own: {
+            name: {
+                kind: median(a / b for a, b in zip(measured[own][kind], rates[kind], strict=True))
                 for kind in rates
             }
+            for name, rates in measured.items()
+            if name not in ours
+        }
+        for own in measured
+        if own in ours
+    }
     return {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -161,9 +181,10 @@ def _text(report: dict) -> str:
             f"{name:16s} decode {medians[ASK_DECODE]:7.1f} tok/s, "
             f"prefill {medians[ASK_PREFILL]:7.1f} tok/s, loaded in {report['load_s'][name]:.0f} s"
         )
-    for name, ratio in report["plugin_over"].items():
-        decode, prefill = ratio[ASK_DECODE], ratio[ASK_PREFILL]
-        lines.append(f"plugin over {name}: decode {decode:.2f}x, prefill {prefill:.2f}x")
+    for own, others in report["plugin_over"].items():
+        for name, ratio in others.items():
+            decode, prefill = ratio[ASK_DECODE], ratio[ASK_PREFILL]
+            lines.append(f"{own} over {name}: decode {decode:.2f}x, prefill {prefill:.2f}x")
     return "\n".join(lines)
 
 

@@ -5,18 +5,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import median
 
-from vllm_plugin_tm.bench.cases import OURS, OURS_SYMMETRIC, TORCH, UPSTREAM
+from vllm_plugin_tm.bench.cases import LARGE, OURS, OURS_SYMMETRIC, TORCH, UPSTREAM
 from vllm_plugin_tm.bench.results import PackRow, Report, Row
-
-LARGE = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 2048))
-"""N x K of the matrices that the goals are about."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """`must` and `aim` are least values of a figure (None: no such value); `percent` says how to
-    write it."""
+    """`must` and `aim` are least values of a figure of a scheme (None: no such value); `percent`
+    says how to write it."""
 
+    scheme: str
     name: str
     must: float | None
     aim: float | None
@@ -53,60 +51,89 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _OfRows:
+    """`rows` says which of our bf16 rows count; LARGE matrices only, unless `every_shape`."""
+
     goal: Goal
-    batches: Callable[[int], bool]
+    rows: Callable[[Row], bool]
     figure: Callable[[Row], float | None]
+    every_shape: bool = False
+
+
+def _at(m: int) -> Callable[[Row], bool]:
+    return lambda row: row.m == m
+
+
+def _from(m: int, group_size: int | None = None) -> Callable[[Row], bool]:
+    return lambda row: row.m >= m and group_size in (None, row.group_size)
+
+
+def _any(row: Row) -> bool:
+    return True
 
 
 def _over(peer: str) -> Callable[[Row], float | None]:
     return lambda row: row.speedups.get(peer)
 
 
+def _read(row: Row) -> float:
+    return row.bandwidth_fraction
+
+
+def _dot(row: Row) -> float:
+    return row.dot_fraction
+
+
 _ZENTORCH = "zentorch"
-_KERNEL_GOALS = (
+_W4A16 = (
+    _OfRows(Goal("w4a16", "M=1: of read bandwidth", 0.80, 0.92, True), _at(1), _read),
+    _OfRows(Goal("w4a16", "M=1: times upstream", 5.0, None), _at(1), _over(UPSTREAM)),
+    _OfRows(Goal("w4a16", "M=4: of read bandwidth", 0.65, 0.85, True), _at(4), _read),
+    _OfRows(Goal("w4a16", "M=4: times upstream", 4.0, None), _at(4), _over(UPSTREAM)),
+    _OfRows(Goal("w4a16", "M=16: times upstream", 2.3, None), _at(16), _over(UPSTREAM)),
+    _OfRows(Goal("w4a16", "M=16: times zentorch", 1.0, None), _at(16), _over(_ZENTORCH)),
+    _OfRows(Goal("w4a16", "M=16: of the dot peak", None, 0.80, True), _at(16), _dot),
+    _OfRows(Goal("w4a16", "M>=128: of the dot peak", 0.85, 0.95, True), _from(128), _dot),
+    _OfRows(Goal("w4a16", "M>=128: times torch bf16", 1.0, None), _from(128), _over(TORCH)),
+    _OfRows(Goal("w4a16", "M>=128: times zentorch", 1.0, None), _from(128), _over(_ZENTORCH)),
     _OfRows(
-        Goal("M=1: of read bandwidth", 0.80, 0.92, percent=True),
-        lambda m: m == 1,
-        lambda row: row.bandwidth_fraction,
-    ),
-    _OfRows(Goal("M=1: times upstream", 5.0, None), lambda m: m == 1, _over(UPSTREAM)),
-    _OfRows(
-        Goal("M=4: of read bandwidth", 0.65, 0.85, percent=True),
-        lambda m: m == 4,
-        lambda row: row.bandwidth_fraction,
-    ),
-    _OfRows(Goal("M=4: times upstream", 4.0, None), lambda m: m == 4, _over(UPSTREAM)),
-    _OfRows(Goal("M=16: times upstream", 2.3, None), lambda m: m == 16, _over(UPSTREAM)),
-    _OfRows(Goal("M=16: times zentorch", 1.0, None), lambda m: m == 16, _over(_ZENTORCH)),
-    _OfRows(
-        Goal("M=16: of the dot peak", None, 0.80, percent=True),
-        lambda m: m == 16,
-        lambda row: row.dot_fraction,
-    ),
-    _OfRows(
-        Goal("M>=128: of the dot peak", 0.85, 0.95, percent=True),
-        lambda m: m >= 128,
-        lambda row: row.dot_fraction,
-    ),
-    _OfRows(Goal("M>=128: times torch bf16", 1.0, None), lambda m: m >= 128, _over(TORCH)),
-    _OfRows(Goal("M>=128: times zentorch", 1.0, None), lambda m: m >= 128, _over(_ZENTORCH)),
-    _OfRows(
-        Goal("asymmetric: speed over symmetric", 0.95, 1.0),
-        lambda m: True,
-        _over(OURS_SYMMETRIC),
+        Goal("w4a16", "asymmetric: speed over symmetric", 0.95, 1.0), _any, _over(OURS_SYMMETRIC)
     ),
 )
-_PACKING = Goal("packing: GB/s of 4-bit data", 1.0, None)
-_RESIDENT = Goal("packing: disk over resident bytes", 1 / 1.05, None)
+_PACKING = Goal("w4a16", "packing: GB/s of 4-bit data", 1.0, None)
+_RESIDENT = Goal("w4a16", "packing: disk over resident bytes", 1 / 1.05, None)
+_OTHERS = (
+    _OfRows(Goal("w8a16", "M=1: of read bandwidth", 0.85, 0.95, True), _at(1), _read),
+    _OfRows(Goal("w4a8", "M=1: of read bandwidth", 0.80, 0.92, True), _at(1), _read),
+    _OfRows(Goal("w4a8", "M=1: times upstream", 60.0, None), _at(1), _over(UPSTREAM)),
+    _OfRows(Goal("w4a8", "every M: times zentorch", 1.0, 1.15), _any, _over(_ZENTORCH)),
+    _OfRows(
+        Goal("w4a8", "M>=256, group 128: of the dot peak", 0.85, 0.95, True), _from(256, 128), _dot
+    ),
+    _OfRows(
+        Goal("w4a8", "M>=256, group 32: of the dot peak", 0.70, 0.85, True), _from(256, 32), _dot
+    ),
+    _OfRows(Goal("w8a8", "M=1: of read bandwidth", 0.85, 0.95, True), _at(1), _read),
+    _OfRows(Goal("w8a8", "M=1: times upstream", 1.1, None), _at(1), _over(UPSTREAM)),
+    _OfRows(
+        Goal("w8a8", "every M and shape: times upstream", 1.0, 1.15),
+        _any,
+        _over(UPSTREAM),
+        every_shape=True,
+    ),
+    _OfRows(Goal("w8a8", "M>=256: of the dot peak", 0.90, 0.97, True), _from(256), _dot),
+)
 
-# Ratio of the plugin to an engine of end_to_end.py: (what, engine) -> goal.
+# Ratio of an engine of end_to_end.py with the plugin to another: (plugin's, what, other) -> goal.
 _END_TO_END = {
-    ("decode", "upstream W4A16"): Goal("decode: times upstream W4A16", 3.5, None),
-    ("decode", "upstream bf16"): Goal("decode: times upstream bf16", 1.8, None),
-    ("decode", "llama.cpp Q4_0"): Goal("decode: times llama.cpp Q4_0", None, 1.0),
-    ("prefill", "upstream W4A16"): Goal("prefill: times upstream W4A16", 1.7, None),
-    ("prefill", "upstream bf16"): Goal("prefill: times upstream bf16", 1.0, None),
-    ("prefill", "llama.cpp Q4_0"): Goal("prefill: times llama.cpp Q4_0", None, 1.6),
+    ("plugin W4A16", "decode", "upstream W4A16"): (3.5, None),
+    ("plugin W4A16", "decode", "upstream bf16"): (1.8, None),
+    ("plugin W4A16", "decode", "llama.cpp Q4_0"): (None, 1.0),
+    ("plugin W4A16", "prefill", "upstream W4A16"): (1.7, None),
+    ("plugin W4A16", "prefill", "upstream bf16"): (1.0, None),
+    ("plugin W4A16", "prefill", "llama.cpp Q4_0"): (None, 1.6),
+    ("plugin W8A8", "decode", "upstream W8A8"): (1.1, None),
+    ("plugin W4A8", "decode", "upstream W8A8"): (1.5, None),
+    ("plugin W4A8", "prefill", "upstream W8A8"): (1.3, None),
 }
 
 
@@ -114,29 +141,47 @@ def of_kernels(reports: Iterable[Report]) -> list[Outcome]:
     """Outcomes of all goals that the reports have figures for, bf16 on the best instruction set."""
     reports = list(reports)
     rows = [row for report in reports for row in _judged(report)]
-    packs = [pack for report in reports for pack in report.packing if (pack.n, pack.k) in LARGE]
-    outcomes = []
-    for of in _KERNEL_GOALS:
-        found = [(of.figure(row), _words(row)) for row in rows if of.batches(row.m)]
-        outcomes.append(Outcome(of.goal, tuple((v, w) for v, w in found if v is not None)))
+    packs = [
+        pack
+        for report in reports
+        for pack in report.packing
+        if pack.scheme == _PACKING.scheme and (pack.n, pack.k) in LARGE
+    ]
+    outcomes = [_outcome(of, rows) for of in _W4A16]
     outcomes.append(Outcome(_PACKING, tuple((p.gbps, _words(p)) for p in packs)))
     outcomes.append(Outcome(_RESIDENT, tuple((1 / p.resident_ratio, _words(p)) for p in packs)))
+    outcomes += [_outcome(of, rows) for of in _OTHERS]
     return [outcome for outcome in outcomes if outcome.figures]
 
 
-def of_engines(plugin_over: dict[str, dict[str, float]]) -> list[Outcome]:
-    """Outcomes from the ratios of an end_to_end.py report."""
-    return [
-        Outcome(goal, ((plugin_over[engine][what], "Llama-1B shapes"),))
-        for (what, engine), goal in _END_TO_END.items()
-        if engine in plugin_over
+def _outcome(of: _OfRows, rows: list[Row]) -> Outcome:
+    counted = [
+        row
+        for row in rows
+        if row.scheme == of.goal.scheme
+        and (of.every_shape or (row.n, row.k) in LARGE)
+        and of.rows(row)
     ]
+    found = [(of.figure(row), _words(row)) for row in counted]
+    return Outcome(of.goal, tuple((value, words) for value, words in found if value is not None))
+
+
+def of_engines(plugin_over: dict[str, dict[str, dict[str, float]]]) -> list[Outcome]:
+    """Outcomes from the ratios of an end_to_end.py report."""
+    outcomes = []
+    for (own, what, other), (must, aim) in _END_TO_END.items():
+        ratio = plugin_over.get(own, {}).get(other)
+        if ratio:
+            scheme = own.split()[-1].lower()
+            goal = Goal(scheme, f"{what}: times {other}", must, aim)
+            outcomes.append(Outcome(goal, ((ratio[what], "Llama-1B shapes"),)))
+    return outcomes
 
 
 def _judged(report: Report) -> list[Row]:
     own = [r for r in report.rows if r.kernel == OURS and r.dtype == "bf16"]
     best = own[0].isa if own else ""
-    return [r for r in own if r.isa == best and (r.n, r.k) in LARGE]
+    return [r for r in own if r.isa == best]
 
 
 def _words(row: Row | PackRow) -> str:

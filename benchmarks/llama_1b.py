@@ -12,7 +12,8 @@ NORM_EPS = 1e-5
 GROUP_SIZE = 128
 SUMMARY = (
     f"Llama-1B shapes: hidden {HIDDEN}, intermediate {INTERMEDIATE}, {LAYERS} layers, "
-    f"{HEADS}/{KV_HEADS} heads, vocabulary {VOCABULARY}, W4A16 group {GROUP_SIZE}"
+    f"{HEADS}/{KV_HEADS} heads, vocabulary {VOCABULARY}; 4-bit weights in groups of {GROUP_SIZE}, "
+    "8-bit ones per channel, the head in bf16"
 )
 
 _CONFIG = {
@@ -35,33 +36,63 @@ _CONFIG = {
     "eos_token_id": 2,
 }
 
-# What llm-compressor writes for the W4A16 preset: symmetric, all linear layers but the head.
-_W4A16 = {
-    "quant_method": "compressed-tensors",
-    "format": "pack-quantized",
-    "quantization_status": "compressed",
-    "ignore": ["lm_head"],
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {
-                "num_bits": 4,
-                "type": "int",
-                "symmetric": True,
-                "strategy": "group",
-                "group_size": GROUP_SIZE,
-                "dynamic": False,
-            },
-            "input_activations": None,
-            "output_activations": None,
-        }
-    },
+# What llm-compressor writes for its presets of these names: symmetric weights, activations rounded
+# per token or not at all, all linear layers but the head.
+_GROUPED = {
+    "num_bits": 4,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "group",
+    "group_size": GROUP_SIZE,
+    "dynamic": False,
+}
+_BY_CHANNEL = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "channel",
+    "dynamic": False,
+}
+_PER_TOKEN = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "token",
+    "dynamic": True,
+}
+_SCHEMES: dict[str, tuple[str, dict, dict | None]] = {
+    "w4a16": ("pack-quantized", _GROUPED, None),
+    "w8a8": ("int-quantized", _BY_CHANNEL, _PER_TOKEN),
+    "w4a8": ("int-quantized", _GROUPED, _PER_TOKEN),
 }
 
 
-def write(directory: Path, *, quantized: bool) -> Path:
-    """A checkpoint directory with nothing but config.json, for `--load-format dummy`."""
+def write(directory: Path, scheme: str | None) -> Path:
+    """A checkpoint directory with nothing but config.json, for `--load-format dummy`.
+
+    Args:
+        directory: made where missing.
+        scheme: "w4a16", "w8a8" or "w4a8"; None for a model that is not quantized.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    config = {**_CONFIG, **({"quantization_config": _W4A16} if quantized else {})}
+    config = dict(_CONFIG)
+    if scheme is not None:
+        config["quantization_config"] = _quantization(*_SCHEMES[scheme])
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     return directory
+
+
+def _quantization(layout: str, weights: dict, activations: dict | None) -> dict:
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": activations,
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }

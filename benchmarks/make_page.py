@@ -19,6 +19,7 @@ import goals
 from vllm_plugin_tm.bench import results, table
 from vllm_plugin_tm.bench.cases import OURS, OURS_SYMMETRIC
 from vllm_plugin_tm.bench.results import Report, Row
+from vllm_plugin_tm.bench.schemes import SCHEMES
 
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
@@ -74,14 +75,14 @@ def render(kernels: Report, zentorch: Report | None, engines: dict[str, Any] | N
 
 
 def _goals(outcomes: list[goals.Outcome]) -> str:
-    titles = ["goal", "must", "aim", "median", "worst", "cases that reach it", "worst case"]
+    titles = ["scheme", "goal", "must", "aim", "median", "worst", "cases that reach it"]
     rows = []
     for outcome in outcomes:
         goal, (worst, where) = outcome.goal, outcome.worst
         reached = f"{outcome.reached} of {len(outcome.figures)}"
         figures = [goal.written(v) for v in (goal.must, goal.aim, outcome.median, worst)]
-        rows.append([goal.name, *figures, reached, where])
-    return _table(titles, rows)
+        rows.append([SCHEMES[goal.scheme].title, goal.name, *figures, reached, where])
+    return _table([*titles, "worst case"], rows)
 
 
 def _conditions(report: Report) -> str:
@@ -89,13 +90,18 @@ def _conditions(report: Report) -> str:
 
 
 def _cases(report: Report) -> list[str]:
-    """A table per format, a line per matrix and M: our figures, the peers' times beside them."""
+    """A table per scheme and format, a line per matrix and M: our figures, the peers' times beside
+    them."""
     parts = []
     ordered = [row for row in report.rows if row.kernel != OURS_SYMMETRIC]
-    ordered.sort(key=lambda row: (row.dtype, not row.symmetric, row.group_size))  # stable
-    for form, same in groupby(ordered, key=lambda row: row.format):
-        rows = list(same)
-        parts += [f"**{form.name}**", _format_table(rows)]
+    places = {name: place for place, name in enumerate(SCHEMES)}
+    ordered.sort(  # stable
+        key=lambda row: (places[row.scheme], row.dtype, not row.symmetric, row.group_size)
+    )
+    for scheme, of_scheme in groupby(ordered, key=lambda row: row.scheme):
+        parts.append(f"#### {SCHEMES[scheme].title}")
+        for form, same in groupby(of_scheme, key=lambda row: row.format):
+            parts += [f"**{form.name}**", _format_table(list(same))]
     return parts
 
 
@@ -104,7 +110,12 @@ def _format_table(rows: list[Row]) -> str:
     isas = list(dict.fromkeys(row.isa for row in rows if row.kernel == OURS))
     compared = list(dict.fromkeys(name for r in rows for name in r.speedups if r.kernel == OURS))
     titles = ["N x K", "M", *(["isa"] if len(isas) > 1 else []), "ms", "p10-p90", "GB/s", "of read"]
-    titles += ["GFLOP/s", "of dot", "of roofline", *(f"{name} ms" for name in others)]
+    titles += [
+        table.flops_unit(rows[0]),
+        "of dot",
+        "of roofline",
+        *(f"{name} ms" for name in others),
+    ]
     titles += [f"x {name.removeprefix(f'{OURS}-')}" for name in compared]
     times = {(row.n, row.k, row.m, row.kernel): row.ms for row in rows}
     lines = []
@@ -142,16 +153,20 @@ def _engines(report: dict[str, Any]) -> str:
     tokens = report["tokens"]
     titles = ["engine", f"decode tok/s ({tokens['decode']} tokens)", "min-max"]
     titles += [f"prefill tok/s ({tokens['prefill']} tokens)", "min-max"]
-    titles += ["plugin over it: decode", "prefill"]
     rows = []
     for name, medians in report["medians"].items():
         cells = [name]
         for kind in ("decode", "prefill"):
             rates = report["rates"][name][kind]
             cells += [f"{medians[kind]:.1f}", f"{min(rates):.1f}-{max(rates):.1f}"]
-        over = report["plugin_over"].get(name, {})
-        rows.append(cells + [table.times(over.get(kind)) for kind in ("decode", "prefill")])
-    return "\n".join(lines) + "\n\n" + _table(titles, rows)
+        rows.append(cells)
+    over = [
+        [f"{own} over {name}", *(table.times(ratio[kind]) for kind in ("decode", "prefill"))]
+        for own, others in report["plugin_over"].items()
+        for name, ratio in others.items()
+    ]
+    ratios = _table(["ratio, median of paired rounds", "decode", "prefill"], over)
+    return "\n\n".join(["\n".join(lines), _table(titles, rows), *([ratios] if over else [])])
 
 
 def _table(titles: list[str], rows: list[list[str]]) -> str:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """AMD's zentorch beside our kernel, in one process and in turns, in an environment of its own.
 
-    python benchmarks/zentorch_peer.py --json zentorch.json --m 1,16,128
+    python benchmarks/zentorch_peer.py --json zentorch.json --scheme w4a16,w4a8,w8a8 --m 1,16,256
 
 takes the options of `vllm-tm bench` and writes the same rows. Run it with the Python that has the
 plugin; the environment (--venv) borrows its torch, and zentorch's release for that torch is taken.
@@ -56,36 +56,90 @@ def _measure(options: list[str]) -> int:
 
 
 def _zentorch(weights, llc_bytes):
-    """zentorch's W4A16 linear, prepared as vLLM's ZentorchWNA16LinearKernel does it."""
-    import torch
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
+    """zentorch's linear of the weights' scheme, prepared as vLLM's zentorch classes do it."""
     from vllm_plugin_tm.bench import peers
 
-    ops = torch.ops.zentorch
-    if not hasattr(ops, "zentorch_woq_linear"):
-        raise peers.UnavailableError("this zentorch has no zentorch_woq_linear")
-    n, k = weights.n, weights.k
-    codes = unpack_from_int32(weights.weight_packed, 4, torch.Size((n, k))).to(torch.int8)
-    zero = None
+    make = {"w4a16": _w4a16, "w4a8": _dynamic, "w8a8": _dynamic}.get(weights.format.scheme)
+    if make is None:
+        title = weights.format.facts.title
+        raise peers.UnavailableError(f"zentorch: {title}: vLLM has no zentorch kernel for it")
+    return make(weights, llc_bytes)
+
+
+def _w4a16(weights, llc_bytes):
+    """As ZentorchWNA16LinearKernel without 8-bit activations."""
+    from vllm_plugin_tm.kernels import reference
+
+    repack, linear = _ops("zentorch_woq_repack_weight", "zentorch_woq_linear")
+    codes, zero = reference.unpack(weights.codes, 4, weights.k), None
     if weights.zero_point is not None:
-        zero = unpack_from_int32(
-            weights.zero_point, 4, torch.Size(weights.scale.shape), packed_dim=0
-        )
+        zero = reference.unpack(weights.zero_point.t().contiguous(), 4, weights.n)
         # With zero points both are handed over unsigned.
-        codes, zero = codes + 8, (zero.to(torch.int8) + 8).t().contiguous()
-    packed = ops.zentorch_woq_repack_weight.default(codes.contiguous())
+        codes, zero = codes + 8, (zero + 8).contiguous()
+    packed = repack(codes.contiguous())
     scale = weights.scale.t().contiguous()
-    size = sum(t.numel() * t.element_size() for t in (packed, scale, zero) if t is not None)
-    linear = ops.zentorch_woq_linear.default
 
     def copy():
         # The op wants the transposed view of a contiguous weight, so the copy is made before it.
         weight = packed.clone().t()
         return lambda x: linear(x, weight, scale, zero, None)
 
-    copies = peers.copies_needed(size, llc_bytes)
-    return peers.Peer("zentorch", "", size, tuple(copy() for _ in range(copies)))
+    return _peer(weights, (packed, scale, zero), copy, llc_bytes)
+
+
+def _dynamic(weights, llc_bytes):
+    """8-bit activations, a scale per row: as ZentorchInt8ScaledMMLinearKernel for 8-bit weights, as
+    ZentorchWNA16LinearKernel with VLLM_CPU_INT4_W4A8 for 4-bit ones."""
+    import torch
+
+    from vllm_plugin_tm.bench import peers
+    from vllm_plugin_tm.kernels import reference
+
+    form = weights.format
+    if not form.symmetric or form.dtype != "bf16":
+        title = form.facts.title
+        raise peers.UnavailableError(f"zentorch: {title}: bf16 and no zero points only")
+    (linear,) = _ops("zentorch_dynamic_qlinear")
+    if form.facts.grouped:
+        (repack,) = _ops("zentorch_woq_repack_weight")
+        codes = reference.unpack(weights.codes, 4, weights.k)
+        # The words that the repacking makes hold two codes a byte in the order of K.
+        packed = repack(codes.contiguous()).view(torch.int8)
+        scale = weights.scale.t().contiguous()
+    else:
+        packed, scale = weights.codes, weights.scale.squeeze(1)
+    scale = scale.to(torch.bfloat16)
+
+    def copy():
+        weight = packed.clone()
+        return lambda x: linear(x, weight, scale, None)
+
+    return _peer(weights, (packed, scale), copy, llc_bytes, peers.Rounding.OWN)
+
+
+def _ops(*names):
+    """The overloads that vLLM calls."""
+    import torch
+
+    from vllm_plugin_tm.bench import peers
+
+    ops = torch.ops.zentorch
+    for name in names:
+        if not hasattr(ops, name):
+            raise peers.UnavailableError(f"this zentorch has no {name}")
+    return [getattr(ops, name).default for name in names]
+
+
+def _peer(weights, tensors, copy, llc_bytes, rounding=None):
+    """A peer of as many copies as it takes; lazy, as zentorch reorders a weight when it first sees
+    it and keeps the result."""
+    from vllm_plugin_tm.bench import peers
+    from vllm_plugin_tm.bench.weights import copies_needed, tensor_bytes
+
+    size = sum(tensor_bytes(tensor) for tensor in tensors)
+    applies = tuple(copy() for _ in range(copies_needed(size, llc_bytes)))
+    rounding = rounding or peers.Rounding.NONE
+    return peers.Peer("zentorch", "", weights, size, applies, rounding, lazy=True)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ def test_the_command_is_green_and_prints_nothing_but_json():
     assert list(report["sections"]) == list(checks._SECTIONS)
     found = {check["name"]: check for group in report["sections"].values() for check in group}
     for isa in ops.cpu_isas():
-        assert found[f"w4a16_linear {isa}"]["state"] == "ok"
+        for scheme in envs.SCHEMES:
+            assert found[f"{scheme}_linear {isa}"]["state"] == "ok"
     assert found["mixed_precision"]["detail"].startswith("not applied")
 
 
@@ -132,6 +133,30 @@ def test_warnings_do_not_fail():
     report = checks.Report({"A": [checks.Check("x", "warn", "odd"), checks.Check("y", "info", "")]})
     assert report.ok
     assert "WARN  x  odd" in doctor.to_text(report)
+
+
+@needs_extension
+def test_the_matrix_names_every_weight_type_of_every_scheme(monkeypatch):
+    from vllm_plugin_tm.quantization.support_matrix import MATRIX
+
+    lines = {check.name: check for check in checks._matrix()}
+    for row in MATRIX:
+        names = [name for name in lines if name.startswith(f"{row.scheme} ")]
+        assert " ".join(names).split().count(row.scheme) == len(names)
+        assert set(row.weight_types) <= set(" ".join(names).split())
+    assert all(check.state == "ok" for check in lines.values())
+    monkeypatch.setenv(envs.TAKEN_SCHEMES.name, "w4a16,w8a16,w4a8")
+    (line,) = [check for check in checks._matrix() if check.name.startswith("w8a8 ")]
+    assert (line.state, "not among the schemes" in line.detail) == ("info", True)
+
+
+@needs_extension
+def test_the_opt_in_mode_is_named(monkeypatch):
+    monkeypatch.setenv(envs.INT8_ACTIVATIONS.name, "1")
+    (line,) = [check for check in checks._matrix() if check.state == "warn"]
+    assert f"{envs.INT8_ACTIVATIONS.name}=1" in line.detail
+    listed = {check.name: check.detail for check in checks._environment()}
+    assert listed[envs.INT8_ACTIVATIONS.name].startswith("1: ")
 
 
 def test_every_variable_is_listed():

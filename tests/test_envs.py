@@ -31,7 +31,7 @@ def test_switch_refuses_other_spellings(monkeypatch, text):
     assert '"1" (on)' in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["auto", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("text", ["auto", *envs.ISAS])
 def test_isa_spellings(monkeypatch, text):
     monkeypatch.setenv("VLLM_PLUGIN_TM_ISA", text)
     assert envs.isa() == text
@@ -46,8 +46,25 @@ def test_isa_refuses_other_spellings(monkeypatch, text):
 
 def test_schemes(monkeypatch):
     assert envs.schemes() == envs.SCHEMES
+    assert envs.SCHEMES == ("w4a16", "w8a16", "w4a8", "w8a8")
     monkeypatch.setenv("VLLM_PLUGIN_TM_SCHEMES", " w4a16 ,w4a16")
     assert envs.schemes() == ("w4a16",)
+    monkeypatch.setenv("VLLM_PLUGIN_TM_SCHEMES", "w8a8,w4a8")
+    assert envs.schemes() == ("w8a8", "w4a8")
+
+
+@pytest.mark.parametrize(("text", "on"), [(None, False), ("", False), ("0", False), ("1", True)])
+def test_int8_activations_are_off_unless_asked_for(monkeypatch, text, on):
+    if text is not None:
+        monkeypatch.setenv("VLLM_PLUGIN_TM_W4A16_INT8_ACTIVATIONS", text)
+    assert envs.w4a16_int8_activations() is on
+
+
+@pytest.mark.parametrize("text", ["true", "on", "2"])
+def test_int8_activations_refuse_other_spellings(monkeypatch, text):
+    monkeypatch.setenv("VLLM_PLUGIN_TM_W4A16_INT8_ACTIVATIONS", text)
+    with pytest.raises(envs.EnvError, match=r'INT8_ACTIVATIONS=.*"1" \(rounded to int8\)'):
+        envs.w4a16_int8_activations()
 
 
 @pytest.mark.parametrize("text", ["w4a17", "w4a16,", "w4a16;w8a8", "W4A16"])

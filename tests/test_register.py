@@ -117,16 +117,16 @@ def test_on_applies_everything_once():
         "vllm_plugin_tm.register(); once = snapshot(); assert once != upstream\n"
         "vllm_plugin_tm.register(); assert snapshot() == once\n"
         "from vllm_plugin_tm.patch import apply\n"
-        "assert [row.applied for row in apply.status()] == [True, True], apply.status()\n"
+        "assert [row.applied for row in apply.status()] == [True, True, True], apply.status()\n"
         "kernels = linear._POSSIBLE_KERNELS[PlatformEnum.CPU]\n"
-        "assert kernels[0].__name__ == 'TMW4A16LinearKernel' and kernels[1:] == upstream_list\n"
+        "assert kernels[0].__name__ == 'TMWNA16LinearKernel' and kernels[2:] == upstream_list\n"
         "current_platform.validate_environ(True)\n"
         "assert vllm.envs.VLLM_PLUGIN_TM == '1'\n"
         "assert vllm.envs.compile_factors()['VLLM_PLUGIN_TM'] == '1'\n"
         "apply.remove(); assert snapshot() == upstream\n"
         # An untested version is a warning, and the patches are still made.
         "import vllm; vllm.__version__ = '0.99.0'; vllm_plugin_tm.register()\n"
-        "assert [row.applied for row in apply.status()] == [True, True]\n",
+        "assert [row.applied for row in apply.status()] == [True, True, True]\n",
         VLLM_PLUGIN_TM="1",
     )
     assert output.count("0.99.0 is not a version that vllm-plugin-tm was tested with") == 1
@@ -146,7 +146,7 @@ def test_a_spawned_process_reports_its_own_patches():
         "    return [row.applied for row in apply.status()]\n"
         "if __name__ == '__main__':\n"
         "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
-        "        assert pool.apply(work) == [True, True]\n",
+        "        assert pool.apply(work) == [True, True, True]\n",
         VLLM_PLUGIN_TM="1",
     )
 

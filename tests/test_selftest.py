@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from vllm_plugin_tm import selftest
+from vllm_plugin_tm import envs, selftest
 from vllm_plugin_tm.kernels import ops
 
 pytestmark = pytest.mark.skipif(not ops.is_available(), reason="the extension is not built")
@@ -18,20 +18,31 @@ def _fresh(monkeypatch):
     ops.set_isa(in_use)
 
 
-def test_every_instruction_set_passes():
+SCHEMES = envs.SCHEMES
+
+
+def test_every_scheme_has_a_test():
+    assert set(selftest._TESTS) == set(envs.SCHEMES)
+    with pytest.raises(KeyError):
+        selftest.run("w2a2")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_instruction_set_passes(scheme):
     for isa in ops.cpu_isas():
         ops.set_isa(isa)
-        result = selftest.run("w4a16")
+        result = selftest.run(scheme)
         assert result.ok, result
         assert result.isa == isa
+        assert result.kernel == f"{scheme}_linear"
         assert 0 < result.error <= 1
 
 
-def wrong_linear(change):
-    right = torch.ops.vllm_plugin_tm.w4a16_linear
+def wrong_linear(change, scheme="w4a16"):
+    right = getattr(torch.ops.vllm_plugin_tm, f"{scheme}_linear")
 
-    def wrong(x, weight, scale, zero_point, bias, n, group_size):
-        return change(right(x, weight, scale, zero_point, bias, n, group_size), x)
+    def wrong(x, *others):
+        return change(right(x, *others), x)
 
     return wrong
 
@@ -53,12 +64,34 @@ def one_nan(y, x):
 @pytest.mark.parametrize(
     "change", [lambda y, x: y * 1.01, one_element, one_nan, lambda y, x: y.roll(1, -1)]
 )
-def test_wrong_kernels_are_refused_loudly(monkeypatch, change):
-    monkeypatch.setattr(torch.ops.vllm_plugin_tm, "w4a16_linear", wrong_linear(change))
-    with pytest.raises(selftest.SelfTestError, match=rf"w4a16_linear on {ops.get_isa()} failed"):
-        selftest.require("w4a16")
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_wrong_kernels_are_refused_loudly(monkeypatch, scheme, change):
+    name = f"{scheme}_linear"
+    monkeypatch.setattr(torch.ops.vllm_plugin_tm, name, wrong_linear(change, scheme))
+    with pytest.raises(selftest.SelfTestError, match=rf"{name} on {ops.get_isa()} failed"):
+        selftest.require(scheme)
     with pytest.raises(selftest.SelfTestError):  # a failure is not remembered as a pass
-        selftest.require("w4a16")
+        selftest.require(scheme)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "place", "ignored", "detail"),
+    [
+        pytest.param("w4a8", 7, False, "per token and group", id="x_groups"),
+        pytest.param("w8a8", 8, True, "asymmetric dynamic", id="x_symmetric"),
+        pytest.param("w8a8", 7, None, "asymmetric static", id="x_zero_point"),
+    ],
+)
+def test_every_kind_of_activations_is_looked_at(monkeypatch, scheme, place, ignored, detail):
+    """A kernel that ignores one of its flags is refused, and the message says where."""
+    right = getattr(torch.ops.vllm_plugin_tm, f"{scheme}_linear")
+
+    def wrong(*arguments):
+        return right(*arguments[:place], ignored, *arguments[place + 1 :])
+
+    monkeypatch.setattr(torch.ops.vllm_plugin_tm, f"{scheme}_linear", wrong)
+    with pytest.raises(selftest.SelfTestError, match=detail):
+        selftest.require(scheme)
 
 
 def test_it_runs_once_per_instruction_set(monkeypatch):
@@ -74,13 +107,14 @@ def test_it_runs_once_per_instruction_set(monkeypatch):
     assert len(runs) == (2 if len(ops.cpu_isas()) > 1 else 1)
 
 
-def test_defaults_that_the_loader_sets_do_not_reach_it():
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_defaults_that_the_loader_sets_do_not_reach_it(scheme):
     """The kernel is built inside set_default_torch_dtype and a device context."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            assert selftest.run("w4a16").ok
+            assert selftest.run(scheme).ok
     finally:
         torch.set_default_dtype(before)
 
@@ -91,7 +125,7 @@ def test_a_kernel_object_is_not_made_when_it_fails(monkeypatch):
     from vllm.scalar_type import scalar_types
 
     from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_wNa16 import (
-        TMW4A16LinearKernel,
+        TMWNA16LinearKernel,
     )
 
     config = MPLinearLayerConfig(
@@ -102,10 +136,10 @@ def test_a_kernel_object_is_not_made_when_it_fails(monkeypatch):
         group_size=32,
         zero_points=False,
     )
-    TMW4A16LinearKernel(config, "w", "s")
+    TMWNA16LinearKernel(config, "w", "s")
     monkeypatch.setattr(selftest, "_passed", set())
     monkeypatch.setattr(
         torch.ops.vllm_plugin_tm, "w4a16_linear", wrong_linear(lambda y, x: y * 1.01)
     )
     with pytest.raises(selftest.SelfTestError):
-        TMW4A16LinearKernel(config, "w", "s")
+        TMWNA16LinearKernel(config, "w", "s")

@@ -47,10 +47,12 @@ def test_kernel_sources_know_no_torch() -> None:
 
 
 def test_kernels_name_no_disk_format() -> None:
-    """The oracle is the exception: it starts from a checkpoint's tensors, so that it shares nothing
-    with the packing it judges."""
+    """The oracles are the exception: they start from a checkpoint's tensors, so that they share
+    nothing with the packing they judge."""
     formats = r"(?i)compressed.tensors|pack.quantized|gptq|awq|safetensors|gguf"
-    files = (path for path in _files(CODE, "vllm_plugin_tm/kernels") if path.stem != "reference")
+    files = (
+        path for path in _files(CODE, "vllm_plugin_tm/kernels") if "reference" not in path.stem
+    )
     assert _offences(formats, files) == []
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes real and quantized checkpoints: SmolLM2-135M from its GGUF file, and W4A16 from any Llama.
+"""Makes real and quantized checkpoints: SmolLM2-135M from its GGUF file, and integer formats of any
+plain decoder checkpoint: W4A16, W8A16, W4A8, W8A8.
 
 Round to nearest with the compressed-tensors library's own functions: for function, not for quality
 figures (SmolLM2's GGUF weights lie on a 4-bit grid already). Nothing made here may be distributed.
@@ -30,11 +31,18 @@ WEIGHTS = "model.safetensors"
 
 
 def quantization_scheme(
-    group_size: int | None, symmetric: bool, num_bits: int = 4
+    group_size: int | None,
+    symmetric: bool,
+    num_bits: int = 4,
+    *,
+    int8_activations: bool = False,
+    int_quantized: bool = False,
 ) -> "QuantizationScheme":
-    """The compressed-tensors scheme of weight-only integers; `group_size` None is per channel.
+    """The compressed-tensors scheme of integer weights; `group_size` None is per channel.
 
-    A group size that does not divide a layer's input size raises there, in quantize().
+    `int8_activations`: rounded to 8 bits when they are used, one scale per token. `int_quantized`:
+    one byte per weight on disk, whatever the bits; else packed. A group size that does not divide
+    a layer's input size raises there, in quantize().
     """
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
@@ -45,14 +53,23 @@ def quantization_scheme(
         strategy="channel" if group_size is None else "group",
         group_size=group_size,
     )
-    return QuantizationScheme(targets=["Linear"], weights=weights, format="pack-quantized")
+    activations = QuantizationArgs(
+        num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True
+    )
+    return QuantizationScheme(
+        targets=["Linear"],
+        weights=weights,
+        input_activations=activations if int8_activations else None,
+        format="int-quantized" if int_quantized else "pack-quantized",
+    )
 
 
 def quantize(weight: "torch.Tensor", scheme: "QuantizationScheme") -> dict[str, "torch.Tensor"]:
-    """One weight [N, K] as pack-quantized tensors, rounded to nearest, ranges from min and max.
+    """One weight [N, K] in the scheme's format, rounded to nearest, ranges from min and max.
 
-    Returns weight_packed i32 [N, ceil(K/8)], weight_scale [N, G] of the weight's dtype,
-    weight_shape i64 [2] and, asymmetric only, weight_zero_point i32 [ceil(N/8), G].
+    Returns, with f weights in a word of 32 bits, weight_packed i32 [N, ceil(K/f)], weight_scale
+    [N, G] of the weight's dtype, weight_shape i64 [2] and, asymmetric only, weight_zero_point i32
+    [ceil(N/f), G]; int-quantized: weight i8 [N, K] and weight_scale.
     Raises ToolError where the group size does not divide K.
     """
     from compressed_tensors.compressors.base import BaseCompressor
@@ -78,6 +95,8 @@ def quantize_checkpoint(
     group_size: int | None = 32,
     symmetric: bool = True,
     num_bits: int = 4,
+    int8_activations: bool = False,
+    int_quantized: bool = False,
 ) -> Path:
     """Writes a compressed-tensors copy of a plain checkpoint in one safetensors file.
 
@@ -87,7 +106,13 @@ def quantize_checkpoint(
     from compressed_tensors.quantization import QuantizationConfig
     from safetensors.torch import load_file, save_file
 
-    scheme = quantization_scheme(group_size, symmetric, num_bits)
+    scheme = quantization_scheme(
+        group_size,
+        symmetric,
+        num_bits,
+        int8_activations=int8_activations,
+        int_quantized=int_quantized,
+    )
     recipe = {"recipe": RECIPE, "source": source.name, "scheme": scheme.model_dump(mode="json")}
     if is_made(target, recipe):
         return target

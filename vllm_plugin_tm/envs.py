@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 PREFIX = "VLLM_PLUGIN_TM"
 
-ISAS = ("avx512bf16", "avx512", "avx2")
-SCHEMES = ("w4a16",)
+ISAS = ("avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2")
+SCHEMES = ("w4a16", "w8a16", "w4a8", "w8a8")
 
 
 class EnvError(ValueError):
@@ -84,8 +84,18 @@ TAKEN_SCHEMES = Variable(
     accepted="a comma-separated list of " + ", ".join(f'"{name}"' for name in SCHEMES),
     parse=_schemes,
 )
+INT8_ACTIVATIONS = Variable(
+    name=f"{PREFIX}_W4A16_INT8_ACTIVATIONS",
+    doc=(
+        "1 trades accuracy for speed: W4A16 layers whose groups are 32 or longer round their "
+        "activations to int8, with a scale for each token and group."
+    ),
+    default="0",
+    accepted='"0" (activations are kept), "1" (rounded to int8)',
+    parse=_switch,
+)
 
-VARIABLES: tuple[Variable, ...] = (SWITCH, ISA, TAKEN_SCHEMES)
+VARIABLES: tuple[Variable, ...] = (SWITCH, ISA, TAKEN_SCHEMES, INT8_ACTIVATIONS)
 
 
 def enabled() -> bool:
@@ -103,6 +113,11 @@ def schemes() -> tuple[str, ...]:
     value = TAKEN_SCHEMES.read()
     assert isinstance(value, tuple)
     return value
+
+
+def w4a16_int8_activations() -> bool:
+    """Whether W4A16 layers are to round their activations to int8."""
+    return bool(INT8_ACTIVATIONS.read())
 
 
 def validate() -> None:

@@ -5,14 +5,21 @@ from collections import Counter
 from dataclasses import astuple, dataclass
 
 import torch
-from vllm.model_executor.kernels.linear import MPLinearKernel
+from vllm.model_executor.kernels.linear import Int8ScaledMMLinearKernel, MPLinearKernel
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 
 from vllm_plugin_tm.kernels import ops
-from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_wNa16 import (
-    TMW4A16LinearKernel,
+from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_w4a8_int import (
+    TMW4A8IntLinearKernel,
 )
+from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_int8 import (
+    TMInt8ScaledMMLinearKernel,
+)
+from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_wNa16 import (
+    TMWNA16LinearKernel,
+)
+from vllm_plugin_tm.quantization.linear_kernel import TMLinearKernel
 
 TITLE = "vllm-plugin-tm layers"
 
@@ -38,10 +45,10 @@ class Row:
 _last: tuple[Row, ...] = ()
 
 
-def tm_kernel_of(module: torch.nn.Module) -> TMW4A16LinearKernel | None:
+def tm_kernel_of(module: torch.nn.Module) -> TMLinearKernel | None:
     """The kernel of ours that runs this layer, if one does."""
     kernel = _kernel_of(module)
-    return kernel if isinstance(kernel, TMW4A16LinearKernel) else None
+    return kernel if isinstance(kernel, TMLinearKernel) else None
 
 
 def collect(model: torch.nn.Module) -> list[Row]:
@@ -114,17 +121,22 @@ def _describe(
     """(scheme, kernel, on_tm, isa, group_size, note) of one layer."""
     scheme = type(getattr(module, "scheme", None) or method).__name__
     kernel = _kernel_of(module)
-    if isinstance(kernel, TMW4A16LinearKernel):
-        config = kernel.config
-        note = ""
-        if getattr(getattr(module, "scheme", None), "input_quant", None) is not None:
-            note = "activations are not quantized (nor does upstream on a CPU)"
-        return scheme, type(kernel).__name__, True, ops.get_isa(), config.group_size, note
-    if isinstance(kernel, MPLinearKernel):
-        ok, reason = TMW4A16LinearKernel.can_implement(kernel.config)
-        note = "TM kernel could run it, but upstream passed it over" if ok else str(reason)
-        return scheme, type(kernel).__name__, False, "", None, note
+    if isinstance(kernel, TMLinearKernel):
+        return scheme, type(kernel).__name__, True, ops.get_isa(), kernel.group_size, kernel.note
+    if isinstance(kernel, MPLinearKernel | Int8ScaledMMLinearKernel):
+        return scheme, type(kernel).__name__, False, "", None, _why_not(kernel)
     if scheme.startswith("Unquantized"):
         return scheme, "-", False, "", None, "not quantized"
     name = type(kernel).__name__ if kernel is not None else "-"
     return scheme, name, False, "", None, "no TM kernel for this scheme"
+
+
+def _why_not(kernel: MPLinearKernel | Int8ScaledMMLinearKernel) -> str:
+    """Why a layer that upstream's kernel runs is not ours."""
+    if isinstance(kernel, Int8ScaledMMLinearKernel):
+        ok, reason = TMInt8ScaledMMLinearKernel.can_implement(kernel.config)
+    elif str(kernel.config.weight_type) in TMW4A8IntLinearKernel.weight_types:
+        ok, reason = TMW4A8IntLinearKernel.can_implement(kernel.config)
+    else:
+        ok, reason = TMWNA16LinearKernel.can_implement(kernel.config)
+    return "TM kernel could run it, but upstream passed it over" if ok else str(reason)

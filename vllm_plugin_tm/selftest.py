@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The start-up self-test: a small product of each kernel in use against plain float64 torch."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,8 @@ from vllm_plugin_tm.kernels import ops
 _N, _K, _GROUP = 37, 64, 32
 _ROWS = (1, 5, 67)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# What static activations are rounded with: a few of 64 normal values are clamped.
+_X_SCALE, _X_ZERO_POINT = 0.018, -37
 
 
 class SelfTestError(RuntimeError):
@@ -62,38 +66,84 @@ def require(scheme: str) -> None:
     _passed.add(key)
 
 
-def _w4a16() -> Result:
+@dataclass(frozen=True)
+class _Inputs:
+    """Fixed input: x [rows, K], packed 4-bit codes [N, K/8] and zero points [ceil(N/8), G], bytes
+    [N, K] and their zero points [ceil(N/4), G], scale [N, G], bias [N]."""
+
+    x: Tensor
+    nibbles: Tensor
+    nibble_zeros: Tensor
+    bytes: Tensor
+    byte_zeros: Tensor
+    scale: Tensor
+    bias: Tensor
+
+
+# An error in units of the oracle's own tolerance: how far the kernel is from it on one input.
+_Error = Callable[[_Inputs], float]
+
+
+def _test(scheme: str, variants: dict[str, _Error]) -> Result:
+    """The worst of all variants, activation dtypes and row counts."""
     worst = 0.0
     detail = "no case"
     for dtype in _DTYPES:
-        for asymmetric in (False, True):
-            for rows in _ROWS:
-                error = _w4a16_error(dtype, asymmetric, rows)
+        for rows in _ROWS:
+            inputs = _inputs(dtype, rows)
+            for variant, error_of in variants.items():
+                error = error_of(inputs)
                 if not error <= worst:  # also true for NaN
                     worst = error
-                    detail = f"M={rows} N={_N} K={_K} group={_GROUP} {dtype} {asymmetric=}"
-    return Result("w4a16_linear", ops.get_isa(), worst, worst <= 1.0, detail)
+                    detail = f"M={rows} N={_N} K={_K} group={_GROUP} {dtype} {variant}"
+    return Result(f"{scheme}_linear", ops.get_isa(), worst, worst <= 1.0, detail)
 
 
-def _w4a16_error(dtype: torch.dtype, asymmetric: bool, rows: int) -> float:
-    """The largest deviation from the oracle, in units of the oracle's own tolerance."""
-    from vllm_plugin_tm.kernels import reference
+def _deviation(scheme: str, y: Tensor, *arguments: object) -> float:
+    from vllm_plugin_tm.kernels import reference, reference_int8
 
-    x, codes, scale, zero_point, bias = _w4a16_case(dtype, rows)
-    zeros = zero_point if asymmetric else None
-    packed = torch.ops.vllm_plugin_tm.w4a16_pack(codes, scale, zeros, _K)
-    y = torch.ops.vllm_plugin_tm.w4a16_linear(
-        x, packed[0], packed[1], packed[2] if asymmetric else None, bias, _N, _GROUP
-    )
-    want = reference.w4a16_linear(x, codes, scale, zeros, bias)
-    allowed = reference.w4a16_tolerance(x, codes, scale, zeros, bias)
+    oracle = reference if scheme.endswith("a16") else reference_int8
+    want = getattr(oracle, f"{scheme}_linear")(*arguments)
+    allowed = getattr(oracle, f"{scheme}_tolerance")(*arguments)
     # max() would drop a NaN's meaning; a comparison that fails does not.
     ratio = (y.double() - want).abs() / allowed
     return float("inf") if bool(ratio.isnan().any()) else float(ratio.max())
 
 
-def _w4a16_case(dtype: torch.dtype, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Fixed input: x [rows, K], codes [N, K/8], scale [N, G], zero points [ceil(N/8), G], bias."""
+def _grouped_error(
+    scheme: str, asymmetric: bool, x_groups: tuple[bool, ...], inputs: _Inputs
+) -> float:
+    namespace = torch.ops.vllm_plugin_tm
+    if scheme == "w8a16":
+        pack, codes, zeros = namespace.w8a16_pack, inputs.bytes, inputs.byte_zeros
+    else:
+        pack, codes, zeros = namespace.w4a16_pack, inputs.nibbles, inputs.nibble_zeros
+    disk_zeros = zeros if asymmetric else None
+    weight, scale, zero = pack(codes, inputs.scale, disk_zeros, _K)
+    y = getattr(namespace, f"{scheme}_linear")(
+        inputs.x, weight, scale, zero if asymmetric else None, inputs.bias, _N, _GROUP, *x_groups
+    )
+    arguments = (inputs.x, codes, inputs.scale, disk_zeros, inputs.bias, *x_groups)
+    return _deviation(scheme, y, *arguments)
+
+
+def _w8a8_error(asymmetric: bool, static: bool, inputs: _Inputs) -> float:
+    x_scale = torch.tensor([_X_SCALE], dtype=torch.float32, device="cpu") if static else None
+    x_zero_point = (
+        torch.tensor([_X_ZERO_POINT], dtype=torch.int32, device="cpu")
+        if static and asymmetric
+        else None
+    )
+    channel = inputs.scale[:, :1].float().contiguous()
+    weight, scale, sums = torch.ops.vllm_plugin_tm.w8a8_pack(inputs.bytes, channel)
+    quantization = (x_scale, x_zero_point, not asymmetric)
+    y = torch.ops.vllm_plugin_tm.w8a8_linear(
+        inputs.x, weight, scale, sums, inputs.bias, _N, *quantization
+    )
+    return _deviation("w8a8", y, inputs.x, inputs.bytes, channel, inputs.bias, *quantization)
+
+
+def _inputs(dtype: torch.dtype, rows: int) -> _Inputs:
     # Everything names its device and dtype: the model loader sets other defaults around us.
     generator = torch.Generator(device="cpu").manual_seed(20)
 
@@ -106,13 +156,36 @@ def _w4a16_case(dtype: torch.dtype, rows: int) -> tuple[Tensor, Tensor, Tensor, 
         ).to(torch.int32)
 
     groups = _K // _GROUP
-    return (
-        normal(rows, _K),
-        words(_N, _K // 8),
-        normal(_N, groups),
-        words(-(-_N // 8), groups),
-        normal(_N),
+    return _Inputs(
+        x=normal(rows, _K),
+        nibbles=words(_N, _K // 8),
+        nibble_zeros=words(-(-_N // 8), groups),
+        bytes=words(_N, _K // 4).view(torch.int8),
+        byte_zeros=words(-(-_N // 4), groups),
+        scale=normal(_N, groups),
+        bias=normal(_N),
     )
 
 
-_TESTS = {"w4a16": _w4a16}
+def _variants(scheme: str) -> dict[str, _Error]:
+    symmetries = {"symmetric": False, "asymmetric": True}
+    if scheme == "w8a8":
+        return {
+            f"{symmetry} {kind}": functools.partial(_w8a8_error, asymmetric, static)
+            for symmetry, asymmetric in symmetries.items()
+            for kind, static in (("dynamic", False), ("static", True))
+        }
+    scales: dict[str, tuple[bool, ...]] = {"": ()}
+    if scheme == "w4a8":
+        scales = {" per token": (False,), " per token and group": (True,)}
+    return {
+        symmetry + name: functools.partial(_grouped_error, scheme, asymmetric, x_groups)
+        for symmetry, asymmetric in symmetries.items()
+        for name, x_groups in scales.items()
+    }
+
+
+_TESTS: dict[str, Callable[[], Result]] = {
+    scheme: functools.partial(_test, scheme, _variants(scheme))
+    for scheme in ("w4a16", "w8a16", "w4a8", "w8a8")
+}

@@ -4,7 +4,7 @@
 
 #include <immintrin.h>
 
-#include "gemm_u4g_isa.h"
+#include "gemm_isa.h"
 
 namespace turbo::cpu {
 namespace {

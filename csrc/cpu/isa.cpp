@@ -5,31 +5,51 @@
 namespace turbo::cpu {
 namespace {
 
-Isa detect() {
+bool detect(Isa isa) {
   // __builtin_cpu_supports checks cpuid and that the operating system saves the registers.
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
-  if (!avx2) return Isa::none;
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (!avx512) return Isa::avx2;
-  return __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512;
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  switch (isa) {
+    case Isa::none: return false;
+    case Isa::avx2: return avx2;
+    case Isa::avxvnni: return avx2 && __builtin_cpu_supports("avxvnni");
+    case Isa::avx512: return avx512;
+    case Isa::avx512vnni: return vnni;
+    case Isa::avx512bf16: return vnni && __builtin_cpu_supports("avx512bf16");
+  }
+  return false;
 }
 
-constexpr const char* kNames[] = {"none", "avx2", "avx512", "avx512bf16"};
+struct Detected {
+  bool supported[kIsas];
+  Detected() {
+    for (int i = 0; i < kIsas; ++i) supported[i] = detect(static_cast<Isa>(i));
+  }
+};
+
+constexpr const char* kNames[kIsas] = {"none", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16"};
 
 }  // namespace
 
+bool isa_supported(Isa isa) {
+  static const Detected detected;
+  return detected.supported[static_cast<int>(isa)];
+}
+
 Isa best_isa() {
-  static const Isa isa = detect();
-  return isa;
+  for (int i = kIsas - 1; i > 0; --i)
+    if (isa_supported(static_cast<Isa>(i))) return static_cast<Isa>(i);
+  return Isa::none;
 }
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
 Isa isa_from_name(std::string_view name) {
-  for (int i = 1; i <= static_cast<int>(Isa::avx512bf16); ++i)
+  for (int i = 1; i < kIsas; ++i)
     if (name == kNames[i]) return static_cast<Isa>(i);
   return Isa::none;
 }

@@ -6,13 +6,18 @@
 
 namespace turbo::cpu {
 
-/// Ordered: each value can run everything that a smaller one can.
-enum class Isa : int { none = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
+/// In the order of preference, worst first. The VNNI ones differ from those before them for 8-bit activations
+/// only, avx512bf16 (which implies VNNI) from avx512vnni for 16-bit ones only.
+enum class Isa : int { none = 0, avx2, avxvnni, avx512, avx512vnni, avx512bf16 };
+inline constexpr int kIsas = 6;
 
-/// Best of the above that processor and operating system support (cpuid and XCR0).
+/// Whether processor and operating system support it (cpuid and XCR0).
+bool isa_supported(Isa isa);
+
+/// Best supported one.
 Isa best_isa();
 
-/// "avx2", "avx512", "avx512bf16"; "none" where no kernel can run.
+/// The name above; "none" where no kernel can run.
 const char* isa_name(Isa isa);
 
 /// Inverse of isa_name; Isa::none for every other text.

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from bench_reports import report
+from bench_reports import mixed_report, report
 
 _SCRIPTS = str(Path(__file__).resolve().parents[2] / "benchmarks")
 if _SCRIPTS not in sys.path:
@@ -16,3 +16,9 @@ if _SCRIPTS not in sys.path:
 def made_up():
     """A report of three cases in which ours is 6.4 times as fast as upstream."""
     return report()
+
+
+@pytest.fixture
+def mixed():
+    """As made_up, with cases of 8-bit activations before its own."""
+    return mixed_report()

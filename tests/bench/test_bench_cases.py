@@ -6,24 +6,58 @@ import argparse
 import pytest
 
 from vllm_plugin_tm.bench import cases, options
-from vllm_plugin_tm.bench.cases import CHANNEL, Case, Format
+from vllm_plugin_tm.bench.cases import Case, Format
+from vllm_plugin_tm.bench.schemes import SCHEMES
+from vllm_plugin_tm.quantization.support_matrix import CHANNEL
 
 
-def test_default_run_covers_what_the_issue_asks_for():
-    run = cases.default_cases()
+@pytest.mark.parametrize(
+    ("scheme", "usual", "others"),
+    [
+        ("w4a16", 128, {32, 64, CHANNEL}),
+        ("w8a16", 128, {CHANNEL}),
+        ("w4a8", 128, {32, 64, CHANNEL}),
+        ("w8a8", CHANNEL, set()),
+    ],
+)
+def test_default_run_covers_every_scheme(scheme, usual, others):
+    run = [c for c in cases.default_cases() if c.format.scheme == scheme]
+    others_on = cases.LARGE if scheme == "w4a16" else cases.LARGE[:2]
     for n, k in cases.SHAPES:
         own = [c for c in run if (c.n, c.k) == (n, k)]
-        usual = 64 if k == 576 else 128
-        at_usual = {c.m for c in own if c.format == Format(usual)}
-        assert at_usual == {2**i for i in range(11)}
-        groups = {c.format.group_size for c in own if c.m == 1}
-        assert groups == {32, 64, CHANNEL} | ({128} if usual == 128 else set())
-        assert any(not c.format.symmetric for c in own)
+        group = 64 if k == 576 and usual == 128 else usual
+        assert {c.m for c in own if c.format == Format(group, scheme=scheme)} == {
+            2**i for i in range(11)
+        }
+        other = {c.format.group_size for c in own if c.format.symmetric} - {group}
+        assert other == (others if (n, k) in others_on else set())
+    asymmetric = {c.format.group_size for c in run if not c.format.symmetric}
+    assert asymmetric == (set() if scheme == "w4a8" else {usual})
     assert len(run) == len(set(run))
 
 
+def test_goals_for_prefill_are_measured_in_every_format():
+    for form in {c.format for c in cases.default_cases() if (c.n, c.k) in cases.LARGE}:
+        batches = {c.m for c in cases.default_cases() if c.format == form}
+        assert 1 in batches
+        assert max(batches) >= 256
+
+
+def test_default_run_of_one_scheme_has_no_other():
+    run = cases.default_cases(("w8a8",), "f16")
+    assert {(c.format.scheme, c.format.dtype) for c in run} == {("w8a8", "f16")}
+
+
 def test_quick_run_is_a_fraction_of_the_default_one():
-    assert len(cases.quick_cases()) * 10 < len(cases.default_cases())
+    quick = cases.chosen_cases(("w4a16",), quick=True)
+    assert len(quick) * 10 < len(cases.default_cases(("w4a16",)))
+    assert {c.format.group_size for c in quick} == {128, 64}
+
+
+def test_schemes_are_named_by_their_widths():
+    for name, scheme in SCHEMES.items():
+        assert name == f"w{scheme.weight_bits}a{8 if scheme.integer_activations else 16}"
+        assert Format(scheme=name).name.startswith(f"{scheme.title}, group 128")
 
 
 def test_flops_and_activation_bytes():
@@ -34,18 +68,28 @@ def test_flops_and_activation_bytes():
 
 
 def test_chosen_cases_cross_everything():
-    chosen = cases.chosen_cases(((64, 64),), (1, 2), (32, CHANNEL), (True, False), ("bf16", "f16"))
-    assert len(chosen) == len(set(chosen)) == 2 * 2 * 2 * 2
+    chosen = cases.chosen_cases(
+        ("w4a16", "w4a8"), ((64, 64),), (1, 2), (32, CHANNEL), (True, False), ("bf16", "f16")
+    )
+    assert len(chosen) == len(set(chosen)) == 2 * 2 * 2 * 2 * 2
 
 
 def test_asked_group_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match=r"shape 576x576 with group size 128: .*K=576"):
-        cases.chosen_cases(((576, 576),), (1,), (128,), (True,), ("bf16",))
+        cases.chosen_cases(("w4a16",), ((576, 576),), (1,), (128,))
 
 
-def test_group_that_was_not_asked_for_gives_way():
-    (case,) = cases.chosen_cases(((576, 576),), (1,), None, (True,), ("bf16",))
-    assert case.format.group_size == 64
+def test_asked_group_that_a_scheme_lacks_is_refused():
+    with pytest.raises(ValueError, match=r"scheme w8a8 with group size 32: .* is channel"):
+        cases.chosen_cases(("w4a8", "w8a8"), ((64, 64),), (1,), (32,))
+    (case,) = cases.chosen_cases(("w8a8",), ((64, 64),), (1,), (CHANNEL,))
+    assert case.format == Format(CHANNEL, scheme="w8a8")
+
+
+@pytest.mark.parametrize(("scheme", "group"), [("w4a16", 64), ("w8a16", 64), ("w8a8", CHANNEL)])
+def test_group_that_was_not_asked_for_gives_way(scheme, group):
+    (case,) = cases.chosen_cases((scheme,), ((576, 576),), (1,))
+    assert case.format == Format(group, scheme=scheme)
 
 
 @pytest.mark.parametrize(
@@ -54,8 +98,10 @@ def test_group_that_was_not_asked_for_gives_way():
         (options.shapes, "4096x4096,576X576", ((4096, 4096), (576, 576))),
         (options.batches, "1,16", (1, 16)),
         (options.group_sizes, "32,channel", (32, CHANNEL)),
+        (options.schemes, "w8a8,W4A16", ("w8a8", "w4a16")),
+        (options.schemes, "all", ("w4a16", "w8a16", "w4a8", "w8a8")),
         (options.dtypes, "bf16,f32", ("bf16", "f32")),
-        (options.kernels, "tm", ("tm",)),
+        (options.kernels, "tm,upstream-w8a8", ("tm", "upstream-w8a8")),
         (options.threads, "2", 2),
     ],
 )
@@ -93,9 +139,16 @@ def test_options_are_understood(parse, text, value):
         (
             options.kernels,
             "upstraem",
-            "'upstraem' is not a known kernel; known are tm, upstream, torch; "
+            "'upstraem' is not a known kernel; known are tm, upstream, upstream-w8a8, torch; "
             "did you mean upstream?",
         ),
+        (
+            options.schemes,
+            "w8a88",
+            "'w8a88' is not a known scheme; known are w4a16, w8a16, w4a8, w8a8, all; "
+            "did you mean w8a8?",
+        ),
+        (options.schemes, "w8a8,all", "'w8a8,all': all stands alone"),
         (options.threads, "-1", "'-1' is not a number of threads, for example 2"),
     ],
 )

@@ -1,96 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""peers.py, guard.py, runner.py and the command with real kernels on small matrices."""
+"""runner.py and the command with real kernels on small matrices."""
 
+import argparse
 import dataclasses
 import json
 
 import pytest
 import torch
+from bench_formats import needs_extension
 
-from vllm_plugin_tm.bench import guard, limits, peers, runner, timing
-from vllm_plugin_tm.bench.cases import CHANNEL, DTYPES, Case, Format
-from vllm_plugin_tm.cli import main
+from vllm_plugin_tm.bench import guard, limits, peers, runner, timing, upstream
+from vllm_plugin_tm.bench.cases import Case, Format
+from vllm_plugin_tm.bench.schemes import SCHEMES
+from vllm_plugin_tm.cli import bench, main
 from vllm_plugin_tm.kernels import ops
-
-needs_extension = pytest.mark.skipif(not ops.is_available(), reason="extension not built")
-_SMALL_CACHE = 4096  # keeps the rotating sets small
-_FORMATS = [Format(g, s, d) for g in (32, CHANNEL) for s in (True, False) for d in DTYPES]
-
-
-def _x(weights, m=5):
-    return torch.randn(m, weights.k, generator=torch.Generator().manual_seed(1)).to(
-        weights.scale.dtype
-    )
-
-
-def _names(form):
-    return form.name
-
-
-@pytest.mark.parametrize("form", _FORMATS, ids=_names)
-def test_torch_peer_is_right_in_every_format(form):
-    weights = peers.random_weights(136, 64, form)
-    peer = peers.torch_linear(weights, _SMALL_CACHE)
-    assert guard.check(peer, weights, _x(weights)) >= 0.0
-
-
-@needs_extension
-@pytest.mark.parametrize("form", _FORMATS, ids=_names)
-def test_our_peer_is_right_in_every_format(form):
-    weights = peers.random_weights(136, 64, form)
-    for isa in ops.cpu_isas():
-        peer = peers.ours(weights, isa, _SMALL_CACHE)
-        assert guard.check(peer, weights, _x(weights)) >= 0.0
-
-
-@pytest.mark.parametrize("form", [f for f in _FORMATS if f.dtype != "f32"], ids=_names)
-def test_upstream_peer_is_right_in_its_formats(form):
-    pytest.importorskip("vllm")
-    weights = peers.random_weights(160, 64, form)
-    peer = peers.upstream(weights, _SMALL_CACHE)
-    assert guard.check(peer, weights, _x(weights)) >= 0.0
-
-
-def test_upstream_peer_says_what_it_does_not_take():
-    pytest.importorskip("vllm")
-    with pytest.raises(peers.UnavailableError, match="bf16 and f16 only"):
-        peers.upstream(peers.random_weights(64, 64, Format(32, dtype="f32")), _SMALL_CACHE)
-    with pytest.raises(peers.UnavailableError, match=r"Output size \(136\) not supported"):
-        peers.upstream(peers.random_weights(136, 64, Format(32)), _SMALL_CACHE)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("which", [0, -1])
-def test_guard_refuses_a_scale_that_is_one_percent_off(dtype, which):
-    weights = peers.random_weights(136, 64, Format(32, True, dtype))
-    peer = peers.torch_linear(weights, _SMALL_CACHE)
-    wrong = list(peer.applies)
-    right = wrong[which]
-    wrong[which] = lambda x: (right(x).float() * 1.01).to(x.dtype)
-    peer = dataclasses.replace(peer, applies=tuple(wrong))
-    with pytest.raises(guard.WrongResultError, match=r"torch computes a wrong result: N=136, K=64"):
-        guard.check(peer, weights, _x(weights, 16))
-
-
-def test_guard_refuses_what_is_not_a_number():
-    weights = peers.random_weights(64, 64, Format(32))
-    peer = peers.Peer("torch", "", 1, (lambda x: x * float("nan"),) * 2)
-    with pytest.raises(guard.WrongResultError, match="relative error nan"):
-        guard.check(peer, weights, _x(weights))
-
-
-def test_copies_cover_four_caches():
-    assert peers.copies_needed(weight_bytes=10, llc_bytes=100) == 40
-    assert peers.copies_needed(weight_bytes=1000, llc_bytes=100) == 2
-
-
-def test_steps_use_one_copy_after_the_other():
-    used = []
-    peer = peers.Peer("a", "", 1, tuple(lambda x, i=i: used.append(i) for i in range(3)))
-    step = peer.step(torch.zeros(1))
-    for _ in range(4):
-        step()
-    assert used == [0, 1, 2, 0]
+from vllm_plugin_tm.quantization.support_matrix import CHANNEL
 
 
 @needs_extension
@@ -152,16 +76,63 @@ def test_a_run_measures_every_case_and_leaves_the_isa_as_it_was():
 @needs_extension
 @pytest.mark.usefixtures("_small")
 def test_a_wrong_peer_is_listed_and_a_peer_that_cannot_is_too():
-    def wrong(weights, llc_bytes):
-        return peers.Peer("wrong", "", 1, (lambda x: x[:, :1] * torch.ones(weights.n),) * 2)
+    def wrong(layer, llc_bytes):
+        return peers.Peer("wrong", "", layer, 1, (lambda x: x[:, :1] * torch.ones(layer.n),) * 2)
 
-    def cannot(weights, llc_bytes):
+    def cannot(layer, llc_bytes):
         raise peers.UnavailableError("cannot: made-up reason")
 
     report = runner.run(_plan(more=(wrong, cannot)))
     assert {row.kernel for row in report.rows} == {"tm", "tm-symmetric", "torch"}
     assert any(reason.startswith("wrong computes a wrong result") for reason in report.skipped)
     assert report.skipped.count("cannot: made-up reason") == 1
+
+
+@needs_extension
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_run_of_each_scheme(scheme):
+    group = 32 if SCHEMES[scheme].grouped else CHANNEL
+    formats = [Format(group, symmetric, scheme=scheme) for symmetric in (True, False)]
+    report = runner.run(_plan(cases=tuple(Case(64, 64, 3, form) for form in formats)))
+    found = [(row.format, row.kernel) for row in report.rows]
+    even, odd = formats
+    assert found == [
+        (even, "tm"),
+        (even, "torch"),
+        (odd, "tm"),
+        (even, "tm-symmetric"),
+        (odd, "torch"),
+    ]
+    assert [pack.format for pack in report.packing] == formats
+    assert all(row.limits.dot_kind for row in report.rows)
+
+
+@needs_extension
+@pytest.mark.usefixtures("_small")
+def test_a_slow_peer_is_left_out_of_large_batches():
+    def slow(layer, llc_bytes):
+        peer = peers.torch_linear(layer, llc_bytes)
+        return dataclasses.replace(peer, name="slow", most_rows=2)
+
+    batches = tuple(Case(64, 64, m, Format(32, scheme="w4a8")) for m in (1, 2, 3))
+    report = runner.run(_plan(cases=batches, kernels=("tm",), more=(slow,)))
+    assert [row.m for row in report.rows if row.kernel == "slow"] == [1, 2]
+    assert report.skipped == ("slow: W4A8 beyond M=2: a call takes up to seconds",)
+
+
+@needs_extension
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize(("scheme", "beside"), [("w4a8", True), ("w8a8", False), ("w4a16", False)])
+def test_upstreams_w8a8_is_measured_beside_w4a8_only(monkeypatch, scheme, beside):
+    def made(layer, llc_bytes):
+        return dataclasses.replace(peers.torch_linear(layer, llc_bytes), name="upstream-w8a8")
+
+    monkeypatch.setattr(upstream, "upstream_w8a8", made)
+    group = 32 if SCHEMES[scheme].grouped else CHANNEL
+    case = Case(64, 64, 1, Format(group, scheme=scheme))
+    report = runner.run(_plan(cases=(case,), kernels=("tm", "upstream-w8a8")))
+    assert ("upstream-w8a8" in [row.kernel for row in report.rows]) is beside
 
 
 @needs_extension
@@ -173,8 +144,8 @@ def test_our_wrong_kernel_ends_the_run(monkeypatch):
 
 
 def _packed_with_scale(factor, pack):
-    def packed(weights):
-        weight, scale, zero = pack(weights)
+    def packed(layer):
+        weight, scale, zero = pack(layer)
         return weight, (scale.float() * factor).to(scale.dtype), zero
 
     return packed
@@ -192,7 +163,7 @@ def test_the_command_prints_tables_and_writes_files(tmp_path, capsys, monkeypatc
     monkeypatch.setattr("sys.argv", ["vllm-tm", *command])
     assert main(command) == 0
     out = capsys.readouterr().out
-    assert "64 x 64, group 32, symmetric, bf16" in out
+    assert "64 x 64, W4A16, group 32, symmetric, bf16" in out
     assert "packing at load" in out
     assert "Drift:" in out
     data = json.loads(files[0].read_text())
@@ -207,6 +178,7 @@ def test_the_command_prints_tables_and_writes_files(tmp_path, capsys, monkeypatc
         (["--shapes", "64"], "argument --shapes: '64' is not of the form NxK"),
         (["--asymmetric", "--both"], "not allowed with argument --asymmetric"),
         (["--kernels", "zen"], "argument --kernels: 'zen' is not a known kernel"),
+        (["--scheme", "w4a9"], "argument --scheme: 'w4a9' is not a known scheme"),
     ],
 )
 def test_the_command_refuses_bad_options(options, message, capsys):
@@ -222,11 +194,29 @@ def test_the_command_refuses_bad_options(options, message, capsys):
     [
         (["--isa", "avx1024"], "--isa: 'avx1024' is not one of"),
         (["--shapes", "64x64", "--group-size", "128"], "shape 64x64 with group size 128"),
+        (["--scheme", "w8a8", "--group-size", "32"], "scheme w8a8 with group size 32"),
     ],
 )
 def test_the_command_refuses_what_cannot_run_here(options, message, capsys):
     assert main(["bench", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "schemes"),
+    [
+        ([], ["w4a16", "w8a16", "w4a8", "w8a8"]),
+        (["--scheme", "w8a8,w4a8"], ["w8a8", "w4a8"]),
+        (["--quick"], ["w4a16"]),
+        (["--m", "1"], ["w4a16"]),
+        (["--quick", "--scheme", "all"], ["w4a16", "w8a16", "w4a8", "w8a8"]),
+    ],
+)
+def test_the_command_chooses_schemes(options, schemes):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    chosen = bench._cases(parser.parse_args(options))
+    assert list(dict.fromkeys(case.format.scheme for case in chosen)) == schemes
 
 
 def test_the_command_says_that_the_extension_is_missing(monkeypatch, capsys):

@@ -4,6 +4,7 @@
 import dataclasses
 
 import pytest
+from bench_reports import report, rows
 
 from vllm_plugin_tm.bench import plot
 
@@ -35,6 +36,43 @@ def test_caption_and_legend_say_what_is_shown(made_up, tmp_path):
         "GFLOP/s",
     ):
         assert shown in text
+
+
+def test_each_scheme_has_a_panel_of_its_own(mixed, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "roofline.svg"
+    import matplotlib as mpl
+
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        plot.save(mixed, path)
+    text = path.read_text()
+    for shown in (
+        "W4A16 linear layers",
+        "W4A8 linear layers",
+        "W8A8 linear layers",
+        "upstream vLLM W4A16",
+        "upstream vLLM W4A8",
+        "upstream vLLM W8A8",
+        "int8 multiply-add peak: 800 GOP/s",
+        "bf16 multiply-add peak: 400 GFLOP/s",
+        "OP per byte",
+    ):
+        assert shown in text
+    assert text.count("read roof: 40.0 GB/s") == 3
+
+
+def test_more_kernels_than_colours_are_all_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "roofline.svg"
+    import matplotlib as mpl
+
+    isas = [f"isa{i}" for i in range(len(plot._COLORS) + 3)]
+    own = rows()[0]
+    many = dataclasses.replace(report(), rows=tuple(dataclasses.replace(own, isa=i) for i in isas))
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        plot.save(many, path)
+    text = path.read_text()
+    assert all(f"this plugin {isa}" in text for isa in isas)
 
 
 def test_other_suffix_and_empty_report_are_refused(made_up, tmp_path):

@@ -7,9 +7,10 @@ import json
 import goals
 import make_page
 import pytest
-from bench_reports import MACHINE, limits, report, rows
+from bench_reports import MACHINE, integer_rows, limits, report, rows
 
 from vllm_plugin_tm.bench import results, table
+from vllm_plugin_tm.bench.cases import Format
 from vllm_plugin_tm.bench.limits import buffer_bytes, dot_kind, drift
 
 _MOVED = 8_000_000 + (4096 + 4096) * 2
@@ -48,17 +49,36 @@ def test_drift_names_only_what_there_is():
     )
 
 
-def test_dot_kind_falls_back_and_refuses():
-    assert dot_kind("bf16", {"bf16": 2, "fma32": 1}.get) == "bf16"
-    assert dot_kind("bf16", {"bf16": 0, "fma32": 1}.get) == "fma32"
-    assert dot_kind("f32", {"bf16": 2, "fma32": 1}.get) == "fma32"
-    with pytest.raises(ValueError, match=r"none of the instructions .* for f32"):
-        dot_kind("f32", lambda kind: 0)
+@pytest.mark.parametrize(
+    ("form", "rates", "kind"),
+    [
+        (Format(dtype="bf16"), {"bf16": 2, "fma32": 1}, "bf16"),
+        (Format(dtype="bf16", scheme="w8a16"), {"bf16": 0, "fma32": 1}, "fma32"),
+        (Format(dtype="f32"), {"bf16": 2, "int8": 4, "fma32": 1}, "fma32"),
+        (Format(dtype="f32", scheme="w4a8"), {"bf16": 2, "int8": 4, "fma32": 1}, "int8"),
+        (Format(dtype="bf16", scheme="w8a8"), {"bf16": 2, "int8": 0, "fma32": 1}, "fma32"),
+    ],
+    ids=lambda value: value.name if isinstance(value, Format) else None,
+)
+def test_dot_kind_falls_back(form, rates, kind):
+    assert dot_kind(form, rates.get) == kind
+
+
+@pytest.mark.parametrize(("scheme", "operands"), [("w4a16", "f32"), ("w4a8", "int8")])
+def test_dot_kind_refuses_a_processor_without_any(scheme, operands):
+    with pytest.raises(ValueError, match=f"none of the instructions .* for {operands}"):
+        dot_kind(Format(dtype="f32", scheme=scheme), lambda kind: 0)
 
 
 def test_limit_buffer_is_four_caches_in_whole_huge_pages():
     assert buffer_bytes(32 * 2**20) == 128 * 2**20
     assert buffer_bytes(100_000) == 2 * 2**20
+
+
+def test_json_of_all_schemes_there_and_back(mixed):
+    text = results.to_json(mixed)
+    assert results.from_json(text) == mixed
+    assert [row["scheme"] for row in json.loads(text)["rows"][:2]] == ["w8a8", "w8a8"]
 
 
 def test_json_there_and_back(made_up):
@@ -73,7 +93,7 @@ def test_json_there_and_back(made_up):
     assert data["packing"][0]["gbps"] == pytest.approx(8_388_608 / 2e-3 / 1e9)
 
 
-@pytest.mark.parametrize("text", ['{"schema": 99}', "{}", "[]"])
+@pytest.mark.parametrize("text", ['{"schema": 1}', '{"schema": 99}', "{}", "[]"])
 def test_another_schema_is_refused(text):
     with pytest.raises(ValueError, match=r"not a report of `vllm-tm bench --json`: schema"):
         results.from_json(text)
@@ -91,8 +111,8 @@ def test_a_run_on_a_busy_machine_says_so():
 def test_sections_keep_the_symmetric_twin_with_its_case(made_up):
     titles = [title for title, _ in table.sections(made_up.rows)]
     assert titles == [
-        "4096 x 4096, group 128, symmetric, bf16",
-        "4096 x 4096, group 128, asymmetric, bf16",
+        "4096 x 4096, W4A16, group 128, symmetric, bf16",
+        "4096 x 4096, W4A16, group 128, asymmetric, bf16",
     ]
     asymmetric = table.sections(made_up.rows)[1][1]
     assert [row.kernel for row in asymmetric] == ["tm", "tm-symmetric", "upstream", "torch"]
@@ -111,6 +131,13 @@ def test_terminal_tables_show_every_figure(made_up):
     assert "…" not in text
 
 
+def test_integer_operations_are_not_called_floating(mixed):
+    units = {title: table.columns_for(own)[6].title for title, own in table.sections(mixed.rows)}
+    assert units["4096 x 4096, W8A8, group channel, symmetric, bf16"] == "GOP/s"
+    assert units["4096 x 4096, W4A8, group 128, symmetric, bf16"] == "GOP/s"
+    assert units["4096 x 4096, W4A16, group 128, symmetric, bf16"] == "GFLOP/s"
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(0.01234, "0.012"), (1.234, "1.23"), (12.34, "12.3"), (123.4, "123")]
 )
@@ -118,21 +145,65 @@ def test_milliseconds(value, text):
     assert table.milliseconds(value) == text
 
 
+def _outcomes(*reports):
+    return {(o.goal.scheme, o.goal.name): o for o in goals.of_kernels(reports)}
+
+
 def test_goals_judge_the_large_matrices(made_up):
-    outcomes = {o.goal.name: o for o in goals.of_kernels([made_up])}
-    bandwidth = outcomes["M=1: of read bandwidth"]
+    outcomes = _outcomes(made_up)
+    bandwidth = outcomes["w4a16", "M=1: of read bandwidth"]
     assert bandwidth.worst[0] == pytest.approx(_MOVED / 0.25e-3 / 1e9 / 40.0)
     assert bandwidth.reached == len(bandwidth.figures) == 2
-    assert outcomes["asymmetric: speed over symmetric"].median == pytest.approx(0.96)
-    assert outcomes["packing: GB/s of 4-bit data"].worst[1].startswith("4096 x 4096, group 128")
-    assert "M=16: times zentorch" not in outcomes
+    twin = outcomes["w4a16", "asymmetric: speed over symmetric"]
+    assert twin.median == pytest.approx(0.96)
+    packing = outcomes["w4a16", "packing: GB/s of 4-bit data"]
+    assert packing.worst[1].startswith("4096 x 4096, W4A16, group 128")
+    assert ("w4a16", "M=16: times zentorch") not in outcomes
+    assert {scheme for scheme, _ in outcomes} == {"w4a16"}
+
+
+def test_goals_of_integer_schemes_judge_their_own_rows(mixed, made_up):
+    outcomes = _outcomes(mixed)
+    large = outcomes["w8a8", "M=1: times upstream"]
+    assert [value for value, _ in large.figures] == pytest.approx([1.2])
+    every = outcomes["w8a8", "every M and shape: times upstream"]
+    assert [value for value, _ in every.figures] == pytest.approx([1.2, 0.8])
+    assert (every.reached, every.worst[1]) == (
+        1,
+        "576 x 4096, M=1, W8A8, group channel, symmetric, bf16",
+    )
+    assert outcomes["w4a8", "M=1: times upstream"].median == pytest.approx(80.0)
+    zentorch = outcomes["w4a8", "every M: times zentorch"]
+    assert [value for value, _ in zentorch.figures] == pytest.approx([1.1, 1.4])
+    prefill = outcomes["w4a8", "M>=256, group 128: of the dot peak"]
+    assert prefill.median == pytest.approx(2 * 256 * 4096 * 4096 / 0.5e-3 / 1e9 / 800.0)
+    assert ("w4a8", "M>=256, group 32: of the dot peak") not in outcomes
+    own = _outcomes(made_up)
+    assert {key: outcomes[key] for key in own} == own
+
+
+def test_goals_by_group_size_see_that_group_only():
+    fine = integer_rows(Format(32, scheme="w4a8"), m=256)
+    outcomes = _outcomes(dataclasses.replace(report(), rows=tuple(fine), packing=()))
+    assert list(outcomes) == [("w4a8", "M>=256, group 32: of the dot peak")]
+
+
+def test_goals_of_engines_pair_the_plugin_with_its_rival():
+    over = {
+        "plugin W8A8": {"upstream W8A8": {"decode": 1.2, "prefill": 1.0}},
+        "plugin W4A8": {"upstream W8A8": {"decode": 1.4, "prefill": 1.5}},
+    }
+    found = {(o.goal.scheme, o.goal.name): (o.reached, o.median) for o in goals.of_engines(over)}
+    assert found == {
+        ("w8a8", "decode: times upstream W8A8"): (1, 1.2),
+        ("w4a8", "decode: times upstream W8A8"): (0, 1.4),
+        ("w4a8", "prefill: times upstream W8A8"): (1, 1.5),
+    }
 
 
 def test_a_missed_goal_shows_how_many_cases_miss_it():
-    slow = report()
-    upstream = [o for o in goals.of_kernels([slow]) if o.goal.name == "M>=128: times torch bf16"]
-    assert upstream[0].reached == 1
-    missed = goals.Outcome(goals.Goal("x", 1.0, None), ((0.5, "a"), (2.0, "b")))
+    assert _outcomes(report())["w4a16", "M>=128: times torch bf16"].reached == 1
+    missed = goals.Outcome(goals.Goal("w4a16", "x", 1.0, None), ((0.5, "a"), (2.0, "b")))
     assert (missed.reached, missed.worst, missed.median) == (1, (0.5, "a"), 1.25)
 
 
@@ -150,14 +221,32 @@ def test_page_is_written_between_its_marks(made_up, tmp_path, monkeypatch):
     assert "old" not in text
     for shown in (
         "| 4096 x 4096 | 1 | 0.250 |",
-        "| M=1: times upstream | 5.00 |  | 6.40 |",
-        "| plugin | 50.0 | 49.0-51.0 |",
-        "| decode: times upstream W4A16 | 3.50 |  | 5.00 |",
+        "| W4A16 | M=1: times upstream | 5.00 |  | 6.40 |",
+        "| plugin W4A16 | 50.0 | 49.0-51.0 |",
+        "| plugin W4A16 over upstream W4A16 | 5.00x | 2.00x |",
+        "| W4A16 | decode: times upstream W4A16 | 3.50 |  | 5.00 |",
         "upstream: made-up reason",
     ):
         assert shown in text
     assert make_page.main() == 0
     assert page.read_text() == text
+
+
+def test_page_has_a_part_for_each_scheme(mixed):
+    text = make_page.render(mixed, None, None)
+    parts = [line for line in text.splitlines() if line.startswith("#### ")]
+    assert parts == ["#### W4A16", "#### W4A8", "#### W8A8"]
+    four = text.partition("#### W4A8")[2].partition("#### W8A8")[0]
+    for shown in (
+        "**W4A8, group 128, symmetric, bf16**",
+        "GOP/s",
+        "x upstream-w8a8",
+        "| 80.00x | 1.20x | 1.10x |",
+        "|  | 1.20x | 1.40x |",  # upstream itself is not measured at M=256
+    ):
+        assert shown in four
+    assert "GFLOP/s" not in four
+    assert "GOP/s" not in text.partition("#### W4A16")[2].partition("#### W4A8")[0]
 
 
 def test_page_without_marks_is_left_alone(made_up, tmp_path, monkeypatch, capsys):
@@ -177,7 +266,7 @@ def test_the_docs_page_has_its_marks(repository):
 
 def _engine_report():
     rates = {
-        "plugin": {"decode": [49.0, 50.0, 51.0], "prefill": [300.0, 310.0, 290.0]},
+        "plugin W4A16": {"decode": [49.0, 50.0, 51.0], "prefill": [300.0, 310.0, 290.0]},
         "upstream W4A16": {"decode": [10.0, 10.0, 10.0], "prefill": [150.0, 150.0, 150.0]},
     }
     machine = json.loads(results.to_json(report()))["machine"]
@@ -189,8 +278,8 @@ def _engine_report():
         "tokens": {"decode": 128, "prefill": 512},
         "rates": rates,
         "medians": {
-            "plugin": {"decode": 50.0, "prefill": 300.0},
+            "plugin W4A16": {"decode": 50.0, "prefill": 300.0},
             "upstream W4A16": {"decode": 10.0, "prefill": 150.0},
         },
-        "plugin_over": {"upstream W4A16": {"decode": 5.0, "prefill": 2.0}},
+        "plugin_over": {"plugin W4A16": {"upstream W4A16": {"decode": 5.0, "prefill": 2.0}}},
     }

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scripts of benchmarks/ without any engine: worker processes, model configuration, reports."""
 
+import argparse
 import json
 import os
 import signal
@@ -110,35 +111,91 @@ def test_worker_environment_sets_and_unsets(tmp_path, monkeypatch):
         pass
 
 
-@pytest.mark.parametrize("quantized", [True, False])
-def test_model_configuration_is_understood(tmp_path, quantized):
+@pytest.mark.parametrize(
+    ("scheme", "layout", "bits", "activations"),
+    [
+        (None, None, None, None),
+        ("w4a16", "pack-quantized", 4, None),
+        ("w8a8", "int-quantized", 8, 8),
+        ("w4a8", "int-quantized", 4, 8),
+    ],
+)
+def test_model_configuration_is_understood(tmp_path, scheme, layout, bits, activations):
     transformers = pytest.importorskip("transformers")
-    directory = llama_1b.write(tmp_path / "model", quantized=quantized)
+    directory = llama_1b.write(tmp_path / "model", scheme)
     config = transformers.AutoConfig.from_pretrained(directory)
     assert (config.hidden_size, config.intermediate_size) == (2048, 8192)
-    data = json.loads((directory / "config.json").read_text())
-    assert ("quantization_config" in data) is quantized
     assert [path.name for path in directory.iterdir()] == ["config.json"]
+    found = json.loads((directory / "config.json").read_text()).get("quantization_config")
+    if scheme is None:
+        assert found is None
+        return
+    assert found["format"] == layout
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    known = quantization.QuantizationConfig.model_validate(found)
+    group = known.config_groups["group_0"]
+    assert group.weights.num_bits == bits
+    assert group.weights.group_size == (128 if bits == 4 else None)
+    assert (group.input_activations and group.input_activations.num_bits) == activations
 
 
 def test_engine_names_are_checked():
-    import argparse
-
-    assert end_to_end._engine_names("plugin,bf16") == ("plugin", "bf16")
-    with pytest.raises(argparse.ArgumentTypeError, match="'pluggin' is not an engine; known are"):
-        end_to_end._engine_names("pluggin")
+    assert end_to_end._engine_names("plugin-w8a8,bf16") == ("plugin-w8a8", "bf16")
+    with pytest.raises(argparse.ArgumentTypeError, match="'plugin' is not an engine; known are"):
+        end_to_end._engine_names("plugin")
 
 
-def test_end_to_end_report_pairs_its_rounds(monkeypatch):
-    import argparse
+@pytest.mark.parametrize("name", [name for name in end_to_end._ENGINES if name != "llamacpp"])
+def test_every_engine_is_started_as_what_it_is_called(tmp_path, monkeypatch, name):
+    started = []
+    monkeypatch.setattr(end_to_end, "Worker", lambda engine, log: started.append(engine))
+    end_to_end._start(name, argparse.Namespace(threads=1), tmp_path)
+    (engine,) = started
+    plugin, _, scheme = name.rpartition("-")
+    assert engine.environment["VLLM_PLUGIN_TM"] == ("1" if plugin == "plugin" else None)
+    assert Path(engine.command[-1]).name == scheme
+    assert engine.name == f"{plugin or 'upstream'} {scheme if scheme == 'bf16' else scheme.upper()}"
+    assert ("TM" in engine.log_has) is (plugin == "plugin")
+    # A log that one engine must have is one that all others must not.
+    others = {kind.chosen for kind in end_to_end._ENGINES.values()} - {"", engine.log_has}
+    assert set(engine.log_lacks) == others
 
+
+def test_kernel_classes_of_the_logs_exist():
+    pytest.importorskip("vllm")
+    from vllm.model_executor.kernels import linear
+
+    from vllm_plugin_tm.quantization.compressed_tensors.schemes import (
+        compressed_tensors_w4a8_int,
+        compressed_tensors_w8a8_int8,
+        compressed_tensors_wNa16,
+    )
+
+    modules = (
+        linear,
+        compressed_tensors_w4a8_int,
+        compressed_tensors_w8a8_int8,
+        compressed_tensors_wNa16,
+    )
+    for kind in end_to_end._ENGINES.values():
+        verb, _, name = kind.chosen.partition(" ")
+        assert verb == ("" if not name else "Selected" if "Int8ScaledMM" in name else "Using")
+        assert not name or any(hasattr(module, name) for module in modules)
+
+
+def test_end_to_end_report_pairs_its_rounds():
     measured = {
-        "plugin": {"decode": [10.0, 20.0, 30.0], "prefill": [1.0, 1.0, 1.0]},
+        "plugin W4A16": {"decode": [10.0, 20.0, 30.0], "prefill": [1.0, 1.0, 1.0]},
+        "plugin W8A8": {"decode": [5.0, 4.0, 10.0], "prefill": [1.0, 1.0, 1.0]},
         "upstream W4A16": {"decode": [5.0, 4.0, 10.0], "prefill": [2.0, 2.0, 2.0]},
     }
     args = argparse.Namespace(threads=2, decode=128, prefill=512)
-    report = end_to_end._report(args, measured, {"plugin": 1.0, "upstream W4A16": 2.0})
-    assert report["plugin_over"] == {"upstream W4A16": {"decode": 3.0, "prefill": 0.5}}
-    assert report["medians"]["plugin"]["decode"] == 20.0
-    assert "decode 3.00x, prefill 0.50x" in end_to_end._text(report)
+    report = end_to_end._report(args, measured, dict.fromkeys(measured, 1.0))
+    assert report["plugin_over"] == {
+        "plugin W4A16": {"upstream W4A16": {"decode": 3.0, "prefill": 0.5}},
+        "plugin W8A8": {"upstream W4A16": {"decode": 1.0, "prefill": 0.5}},
+    }
+    assert report["medians"]["plugin W4A16"]["decode"] == 20.0
+    text = end_to_end._text(report)
+    assert "plugin W4A16 over upstream W4A16: decode 3.00x, prefill 0.50x" in text
     assert json.loads(json.dumps(report)) == report or report["machine"]["flags"]

@@ -6,6 +6,15 @@ vllm_plugin_tm.patch.table accepts; tests/compat/test_contracts.py holds all of 
 """
 
 _LINEAR = "vllm.model_executor.kernels.linear"
+_WNA8_INT = (
+    "vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_wNa8"
+    ":CompressedTensorsWNA8Int"
+)
+# Asymmetric weights came to this scheme after 0.30.
+_SYMMETRIC_WNA8_INT = (
+    "(num_bits, strategy, group_size=None, input_quant=None, layer_name=None,"
+    " quant_format='pack-quantized')"
+)
 
 # Older forms that the patch table accepts: version -> symbol -> signature found.
 ACCEPTED: dict[str, dict[str, str]] = {
@@ -19,7 +28,9 @@ ACCEPTED: dict[str, dict[str, str]] = {
             "(self, c, w_q_param_name, w_s_param_name, w_zp_param_name=None,"
             " w_gidx_param_name=None)"
         ),
+        _WNA8_INT: _SYMMETRIC_WNA8_INT,
     },
+    "0.30.0": {_WNA8_INT: _SYMMETRIC_WNA8_INT},
 }
 ACCEPTED["0.27.1"] = ACCEPTED["0.28.0"]
 

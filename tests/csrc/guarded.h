@@ -34,6 +34,7 @@ class Guarded {
   ~Guarded() { munmap(base_, inner_ + 2 * page_); }
 
   T* data() { return reinterpret_cast<T*>(data_); }
+  const T* data() const { return reinterpret_cast<const T*>(data_); }
   T& operator[](int64_t i) { return data()[i]; }
   int64_t size() const { return count_; }
 

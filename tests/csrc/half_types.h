@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "layout_u4g.h"
+#include "layout.h"
 
 namespace test {
 

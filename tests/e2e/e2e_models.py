@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from safetensors.torch import load_file
 
 from tools import make_model
-from vllm_plugin_tm.kernels import reference
 
 # Heads, key/value heads, both widths and a half of each divide by 128 or leave whole groups of it,
 # so that all formats and two shards fit.
@@ -49,31 +49,52 @@ def tiny(folder: Path, architecture: str = "llama", seed: int = 0, **changes: An
     return target
 
 
-def quantized(source: Path, group_size: int | None = 32, symmetric: bool = True) -> Path:
-    """`source` as W4A16 beside it; group_size None is channel."""
-    name = f"{source.name}-w4a16-{group_size or 'channel'}{'' if symmetric else '-asymmetric'}"
+def quantized(
+    source: Path, group_size: int | None = 32, symmetric: bool = True, num_bits: int = 4
+) -> Path:
+    """`source` with weight-only integers, beside it; group_size None is channel."""
+    group = group_size or "channel"
+    name = f"{source.name}-w{num_bits}a16-{group}{'' if symmetric else '-asymmetric'}"
     return make_model.quantize_checkpoint(
-        source, source.with_name(name), group_size=group_size, symmetric=symmetric
+        source,
+        source.with_name(name),
+        group_size=group_size,
+        symmetric=symmetric,
+        num_bits=num_bits,
     )
 
 
 def dequantized(checkpoint: Path, scale_factor: float = 1.0) -> dict[str, torch.Tensor]:
-    """The checkpoint's tensors in float32, quantized ones as the oracle reads them (exact)."""
+    """The checkpoint's tensors in float32, quantized ones as real numbers: (code - zero point)
+    times scale in float64, which is exact, read by the compressed-tensors library."""
     tensors = load_file(checkpoint / make_model.WEIGHTS)
+    config = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
+    bits = config["config_groups"]["group_0"]["weights"]["num_bits"]
     plain = {}
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
-        if part == "weight_packed":
-            weight = reference.dequantize_w4(
-                tensor,
-                tensors[f"{layer}.weight_scale"],
-                tensors.get(f"{layer}.weight_zero_point"),
-                int(tensors[f"{layer}.weight_shape"][1]),
-            )
-            plain[f"{layer}.weight"] = (weight * scale_factor).float()
+        scale = tensors.get(f"{layer}.weight_scale")
+        if part in ("weight_packed", "weight") and scale is not None:
+            codes = _codes(layer, tensors, bits)
+            zeros = tensors.get(f"{layer}.weight_zero_point")
+            zero = torch.zeros(scale.shape)
+            if zeros is not None:
+                zero = unpack_from_int32(zeros, bits, scale.shape, packed_dim=0)
+            width = codes.shape[1] // scale.shape[1]
+            zero, step = (t.double().repeat_interleave(width, 1) for t in (zero, scale))
+            plain[f"{layer}.weight"] = ((codes.double() - zero) * step * scale_factor).float()
         elif part not in ("weight_scale", "weight_zero_point", "weight_shape"):
             plain[name] = tensor.float()
     return plain
+
+
+def _codes(layer: str, tensors: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
+    """Signed codes [N, K], packed on disk or one to a byte."""
+    packed = tensors.get(f"{layer}.weight_packed")
+    if packed is None:
+        return tensors[f"{layer}.weight"]
+    shape = torch.Size(tensors[f"{layer}.weight_shape"].tolist())
+    return unpack_from_int32(packed, bits, shape)
 
 
 def transformers_model(
@@ -97,3 +118,32 @@ def transformers_model(
 def log_probabilities(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
     """Row i: of the token after tokens[i]; float32 [len(tokens), vocabulary]."""
     return model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
+
+
+def check_greedy(
+    references: tuple[torch.nn.Module, torch.nn.Module], given: list[int], ours: list[int]
+) -> None:
+    """Greedy tokens `ours` after the prompt `given` are those of the references (exact, in bf16),
+    each checked with the tokens before it given (so one early tie hides nothing).
+
+    Where our token is not the reference's first choice, bf16 must be unable to tell the two apart:
+    the float32 reference's gap between them is at most twice what bf16 does to a logit there. That
+    is measured: the largest difference between the bf16 and the float32 reference over the ten
+    likeliest tokens, and at least one unit of bf16 in the last place of the logit.
+    """
+    tokens = torch.tensor([given + ours[:-1]])
+    with torch.no_grad():
+        exact, rounded = (model(tokens).logits[0, len(given) - 1 :].float() for model in references)
+    disputed = 0
+    for place, token in enumerate(ours):
+        best = int(exact[place].argmax())
+        if token == best:
+            continue
+        disputed += 1
+        likely = exact[place].topk(10).indices
+        unit = 2.0 ** (exact[place, best].abs().log2().floor().item() - 7)
+        noise = max(unit, float((rounded[place] - exact[place])[likely].abs().max()))
+        gap = float(exact[place, best] - exact[place, token])
+        assert gap <= 2 * noise, f"token {place}: {token}, not {best}; gap {gap}, noise {noise}"
+    # Text is mostly not on a knife's edge; a broken layer would put every other token there.
+    assert disputed <= len(ours) // 8

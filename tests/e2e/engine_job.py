@@ -8,6 +8,8 @@ Usage: engine_job.py JOB.json RESULT.pt. JOB is a list of engines, one after the
   reloads  checkpoints to load into the running engine, each followed by the prompts
   again    how often the last two of the reloads are repeated without prompts, for memory figures
   workers  true: what every worker says of its process, patches and layers
+  layers   true: x and y of every quantized linear layer for the first prompt (eager engines only)
+  likelihood  token ids: the log-probability of each but the first, given those before it
 RESULT is a list of dicts, see _run. `tensors` are hashes of all parameters of the model.
 """
 
@@ -43,8 +45,36 @@ def _worker(_worker: Any) -> dict[str, Any]:
         "pid": os.getpid(),
         "patches": [str(row) for row in apply.status()],
         "layers": [(row.kernel, row.on_tm, row.count) for row in layer_table.last()],
+        "schemes": [row.scheme for row in layer_table.last()],
         "threads": torch.get_num_threads(),
     }
+
+
+_seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+
+def _watch(model: torch.nn.Module) -> None:
+    """Keeps the first input and output of every layer that has a quantization scheme."""
+
+    def hook(name: str) -> Any:
+        def keep(_module: Any, args: tuple[Any, ...], output: Any) -> None:
+            y = output[0] if isinstance(output, tuple) else output
+            _seen.setdefault(name, (args[0].detach().clone(), y.detach().clone()))
+
+        return keep
+
+    for name, module in model.named_modules():
+        if getattr(module, "scheme", None) is not None:
+            module.register_forward_hook(hook(name))
+
+
+def _likelihood(llm: Any, tokens: list[int]) -> torch.Tensor:
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    (answer,) = llm.generate([{"prompt_token_ids": tokens}], sampling, use_tqdm=False)
+    rows = zip(tokens[1:], answer.prompt_logprobs[1:], strict=True)
+    return torch.tensor([entry[token].logprob for token, entry in rows])
 
 
 def _resident() -> int:
@@ -92,6 +122,9 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
 
     llm = LLM(**job["engine"])
     prompts, tokens = job["prompts"], job.get("tokens", 1)
+    if job.get("layers"):
+        _seen.clear()  # warming up has run the model on made-up tokens
+        llm.apply_model(_watch)
     result = {"answers": [_ask(llm, prompts, tokens)]}
     single = job["engine"].get("tensor_parallel_size", 1) == 1
     if single:
@@ -107,6 +140,10 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         for path in job["reloads"][-2:]:
             llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
         result["resident"].append(_resident())
+    if job.get("layers"):
+        result["layers"] = dict(_seen)
+    if job.get("likelihood"):
+        result["likelihood"] = _likelihood(llm, job["likelihood"])
     if job.get("workers"):
         result["workers"] = llm.collective_rpc(_worker)
     config = llm.llm_engine.vllm_config.compilation_config

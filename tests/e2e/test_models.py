@@ -24,16 +24,17 @@ class Model:
     group_size: int | None
     symmetric: bool
     dtype: str = "float32"
+    num_bits: int = 4
 
     def __str__(self) -> str:
         group = f"g{self.group_size}" if self.group_size else "channel"
         symmetry = "sym" if self.symmetric else "asym"
-        return f"{self.architecture}-{group}-{symmetry}-{self.dtype}"
+        return f"{self.architecture}-w{self.num_bits}-{group}-{symmetry}-{self.dtype}"
 
     def checkpoint(self, folder: Path) -> Path:
         """Made once, quantized."""
         plain = e2e_models.tiny(folder, self.architecture)
-        return e2e_models.quantized(plain, self.group_size, self.symmetric)
+        return e2e_models.quantized(plain, self.group_size, self.symmetric, self.num_bits)
 
 
 MODELS = (
@@ -47,6 +48,10 @@ MODELS = (
     Model("qwen2", None, True),
     Model("qwen2", 32, False, "bfloat16"),
     Model("llama", 32, True, "float16"),
+    Model("llama", 64, True, "float32", 8),
+    Model("qwen2", 32, False, "float32", 8),
+    Model("qwen2", None, True, "bfloat16", 8),
+    Model("llama", 128, False, "float32", 2),
 )
 
 
@@ -107,4 +112,4 @@ def test_every_layer_ran_on_our_kernel(results: dict[str, Any]) -> None:
     for name, result in results.items():
         (worker,) = result["workers"]
         ours = [row for row in worker["layers"] if row[1]]
-        assert ours == [("TMW4A16LinearKernel", True, 8)], name
+        assert ours == [("TMWNA16LinearKernel", True, 8)], name

@@ -86,7 +86,7 @@ def test_both_workers_are_patched(results: dict[str, list[dict[str, Any]]]) -> N
         assert first["patches"]
         assert all("applied" in row for row in first["patches"])
         for worker in (first, second):
-            assert ("TMW4A16LinearKernel", True, 8) in worker["layers"]
+            assert ("TMWNA16LinearKernel", True, 8) in worker["layers"]
             assert worker["threads"] == 1
 
 

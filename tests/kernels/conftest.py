@@ -6,10 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from vllm_plugin_tm import envs
 from vllm_plugin_tm.kernels import ops
-
-# All that any processor may have; what this one lacks is skipped and said so.
-ALL_ISAS = ("avx512bf16", "avx512", "avx2")
 
 
 @pytest.fixture(scope="session")
@@ -19,9 +17,10 @@ def extension() -> None:
         pytest.skip("the compiled extension is not installed: these tests run its kernels")
 
 
-@pytest.fixture(params=ALL_ISAS)
+@pytest.fixture(params=envs.ISAS)
 def isa(request: pytest.FixtureRequest, extension: None) -> Iterator[str]:
-    """Runs the test on each instruction set that this processor has; restores the choice."""
+    """Runs the test on each instruction set that this processor has; restores the choice. A test
+    may parametrize it with instruction sets of its own choice."""
     if request.param not in ops.cpu_isas():
         pytest.skip(f"this processor has no {request.param}")
     before = ops.get_isa()

@@ -2,36 +2,62 @@
 """A row's result is the same bits in every batch, at every place, on any number of threads."""
 
 import concurrent.futures
+from typing import Any
 
 import pytest
 import torch
-from w4a16_cases import DTYPES, make_layer, make_x, pairwise
+from linear_cases import (
+    DTYPES,
+    KEPT,
+    MODES,
+    ON_OWN_KERNELS,
+    OWN_KERNELS,
+    W8A8,
+    make_layer,
+    make_x,
+    pairwise,
+)
+from x_views import VIEWS
+
+from vllm_plugin_tm.kernels import ops
 
 pytestmark = pytest.mark.usefixtures("extension")
 
 # Both sides of every border: 1 to 9 rows of register tiles, thread shares, and once and twice the
 # 256 rows that the driver handles at a time.
 BATCHES = (2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 31, 64, 129, 255, 256, 257, 511, 513, 600)
-GRID = pairwise(
-    group=((8, 24), (32, 96), (64, 192), (128, 640), (136, 272), (-1, 20), (-1, 320)),
-    n=(1, 17, 48, 100, 129),
-    dtype=DTYPES,
-    asymmetric=(False, True),
-    bias=(False, True),
-)
 
 
-def _name(case: dict) -> str:
+def _grid(mode: str) -> list[dict[str, Any]]:
+    groups = ((8, 24), (32, 96), (128, 640), (136, 272), (-1, 20), (-1, 333))
+    return pairwise(
+        group=groups[-2:] if mode in W8A8 else groups,
+        n=(1, 17, 48, 129),
+        dtype=DTYPES,
+        asymmetric=(False,) if mode in W8A8 else (False, True),
+        bias=(False, True),
+    )
+
+
+def _name(case: dict[str, Any]) -> str:
     group, k = case["group"]
     asymmetric = "asym" if case["asymmetric"] else "sym"
     return f"N{case['n']}-K{k}-g{group}-{str(case['dtype'])[6:]}-{asymmetric}"
 
 
-@pytest.mark.parametrize("case", GRID, ids=_name)
-def test_alone_and_in_any_batch(isa: str, threads: None, case: dict) -> None:
+@pytest.mark.parametrize(
+    ("isa", "mode", "case"),
+    [
+        pytest.param(isa, mode, case, id=f"{isa}-{mode}-{_name(case)}")
+        for mode, isa in ON_OWN_KERNELS
+        for case in _grid(mode)
+    ],
+    indirect=["isa"],
+)
+def test_alone_and_in_any_batch(isa: str, threads: None, mode: str, case: dict[str, Any]) -> None:
     """Every row alone, on one thread, against the batches it is part of, on one to three."""
     group, k = case["group"]
-    layer = make_layer(case["n"], k, group, case["dtype"], case["asymmetric"], case["bias"])
+    layer = make_layer(mode, case["n"], k, group, case["dtype"], case["asymmetric"], case["bias"])
     x = make_x(max(BATCHES), k, case["dtype"])
     torch.set_num_threads(1)
     alone = torch.cat([layer(row) for row in x.split(1)])
@@ -44,10 +70,13 @@ def test_alone_and_in_any_batch(isa: str, threads: None, case: dict) -> None:
 
 @pytest.mark.parametrize("rows", [1, 3, 40, 600])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_any_number_of_threads(isa: str, threads: None, dtype: torch.dtype, rows: int) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_any_number_of_threads(
+    isa: str, threads: None, mode: str, dtype: torch.dtype, rows: int
+) -> None:
     """Few and many channels: more threads than tiles, and fewer."""
     for n in (16, 33, 272):
-        layer = make_layer(n, 256, 64, dtype, asymmetric=True, bias=True)
+        layer = make_layer(mode, n, 256, 64, dtype, asymmetric=True, bias=True)
         x = make_x(rows, 256, dtype)
         results = []
         for count in (1, 2, 3, 8):
@@ -56,23 +85,23 @@ def test_any_number_of_threads(isa: str, threads: None, dtype: torch.dtype, rows
         assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-def test_how_x_lies_in_memory_is_no_matter(isa: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_how_x_lies_in_memory_is_no_matter(isa: str, mode: str) -> None:
     """Rows read in place, copied, from an odd address: the same bits."""
     for dtype in DTYPES:
-        layer = make_layer(48, 96, 32, dtype, asymmetric=True)
+        layer = make_layer(mode, 48, 96, 32, dtype, asymmetric=True)
         for rows in (1, 5, 40):
             x = make_x(rows, 96, dtype)
-            wide = torch.zeros(rows, 101, dtype=dtype)
-            wide[:, 3:-2] = x
             y = layer(x)
-            for other in (wide[:, 3:-2], x.t().contiguous().t(), x.view(rows, 1, 96)):
-                assert torch.equal(layer(other).view(rows, 48), y)
+            for view in VIEWS:
+                assert torch.equal(layer(view(x)).view(rows, 48), y)
 
 
-def test_a_row_does_not_see_its_neighbours(isa: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_a_row_does_not_see_its_neighbours(isa: str, mode: str) -> None:
     """Other values, huge or NaN, in all other rows change nothing."""
     for dtype in DTYPES:
-        layer = make_layer(48, 96, 32, dtype, asymmetric=True)
+        layer = make_layer(mode, 48, 96, 32, dtype, asymmetric=True)
         x = make_x(40, 96, dtype)
         y = layer(x)
         for filler in (0.0, torch.finfo(dtype).max, float("nan")):
@@ -83,10 +112,11 @@ def test_a_row_does_not_see_its_neighbours(isa: str) -> None:
 
 
 def test_two_python_threads_at_once(isa: str) -> None:
-    """Re-entrant: calls of different shapes at the same time give what they give alone."""
+    """Re-entrant: calls of different ops and shapes at the same time give what they give alone."""
     jobs = []
-    for seed, (dtype, rows) in enumerate(zip(DTYPES * 2, (1, 40, 3, 600, 9, 2), strict=True)):
-        layer = make_layer(100, 256, 64, dtype, asymmetric=bool(seed % 2), seed=seed)
+    for seed, mode in enumerate(MODES):
+        dtype, rows = DTYPES[seed % 3], (1, 40, 3, 600, 9, 2, 33, 5)[seed]
+        layer = make_layer(mode, 100, 256, 64, dtype, asymmetric=bool(seed % 2), seed=seed)
         x = make_x(rows, 256, dtype)
         jobs.append((layer, x, layer(x)))
 
@@ -99,3 +129,21 @@ def test_two_python_threads_at_once(isa: str) -> None:
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         assert all(pool.map(repeat, range(4)))
+
+
+@pytest.mark.parametrize(
+    ("isa", "twin"), [("avx512vnni", "avx512"), ("avxvnni", "avx2")], indirect=["isa"]
+)
+@pytest.mark.parametrize("mode", KEPT)
+def test_kept_activations_do_not_use_vnni(isa: str, twin: str, mode: str) -> None:
+    """An instruction set without kernels of its own runs those of the next lower one; so what is
+    tested on the one need not be on the other."""
+    assert isa not in OWN_KERNELS[mode]
+    for dtype in DTYPES:
+        layer = make_layer(mode, 48, 96, 32, dtype, asymmetric=True)
+        for rows in (1, 40):
+            x = make_x(rows, 96, dtype)
+            ops.set_isa(isa)
+            y = layer(x)
+            ops.set_isa(twin)
+            assert torch.equal(layer(x), y)

@@ -24,6 +24,7 @@ from vllm_plugin_tm.patch import apply
 def upstream_state():
     return (
         list(linear._POSSIBLE_KERNELS[PlatformEnum.CPU]),
+        list(linear._POSSIBLE_INT8_KERNELS[PlatformEnum.CPU]),
         dict(model_loader._LOAD_FORMAT_TO_MODEL_LOADER),
     )
 
@@ -43,16 +44,20 @@ def test_apply_is_idempotent_and_read_back():
     assert upstream_state() == once
     assert [(row.name, row.applied, row.problems) for row in apply.status()] == [
         ("mixed_precision", True, ()),
+        ("scaled_mm", True, ()),
         ("model_loader", True, ()),
     ]
 
 
 def test_status_tells_what_is_not_applied():
-    assert [row.applied for row in apply.status()] == [False, False]
+    assert [row.applied for row in apply.status()] == [False, False, False]
     apply.apply()
     linear._POSSIBLE_KERNELS[PlatformEnum.CPU].reverse()
-    assert [row.applied for row in apply.status()] == [False, True]
+    assert [row.applied for row in apply.status()] == [False, True, True]
     linear._POSSIBLE_KERNELS[PlatformEnum.CPU].reverse()
+    linear._POSSIBLE_INT8_KERNELS[PlatformEnum.CPU].reverse()
+    assert [row.applied for row in apply.status()] == [True, False, True]
+    linear._POSSIBLE_INT8_KERNELS[PlatformEnum.CPU].reverse()
 
 
 def test_every_expectation_holds_in_the_installed_vllm():
@@ -127,7 +132,7 @@ def test_the_kernel_wins_selection_and_upstreams_without_it():
     )
     off = linear.choose_mp_linear_kernel(config).__name__
     apply.apply()
-    assert linear.choose_mp_linear_kernel(config).__name__ == "TMW4A16LinearKernel"
+    assert linear.choose_mp_linear_kernel(config).__name__ == "TMWNA16LinearKernel"
     # What we decline goes to upstream's kernel as if we were not there.
     other = dataclasses.replace(config, group_size=2)
     assert linear.choose_mp_linear_kernel(other).__name__ == off

@@ -39,11 +39,11 @@ def checkpoint(tmp_path):
     """Writes a checkpoint, changed by `spoil(state)`, and loads it."""
 
     def write_and_load(spoil=None, load=None, **options):
-        state = tiny_llama.tensors(**{k: v for k, v in options.items() if k != "activations"})
+        made = {k: v for k, v in options.items() if k != "activations"}
+        state = tiny_llama.tensors(**made)
         if spoil is not None:
             spoil(state)
-        saved = {k: v for k, v in options.items() if k in ("group", "symmetric", "activations")}
-        saved["intermediate"] = options.get("intermediate", 256)
+        saved = {k: v for k, v in options.items() if k != "static"}
         tiny_llama.save(tmp_path, state, **saved)
         return tiny_llama.load(tmp_path, **(load or {}))
 
@@ -67,7 +67,7 @@ def test_good_checkpoints_load_and_the_table_counts_every_layer(checkpoint, opti
     monkeypatch.setattr(patched_loader, "logger", recorder)
     checkpoint(**options)
     ours, rest = layer_table.last()
-    assert (ours.count, ours.on_tm, ours.kernel) == (8, True, "TMW4A16LinearKernel")
+    assert (ours.count, ours.on_tm, ours.kernel) == (8, True, "TMWNA16LinearKernel")
     assert ours.scheme == "CompressedTensorsWNA16"
     assert ours.isa == ops.get_isa()
     assert ours.group_size == options.get("group", 32)
@@ -183,45 +183,16 @@ def test_truncated_files_are_refused_by_name(tmp_path):
         tiny_llama.load(tmp_path)
 
 
-def test_activation_quantization_that_upstream_ignores_is_said(checkpoint):
-    activations = {
-        "num_bits": 8,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "token",
-        "dynamic": True,
-    }
-    checkpoint(activations=activations)
+def test_activation_quantization_that_upstream_ignores_is_done_or_said(checkpoint):
+    checkpoint(activations=tiny_llama.int8_activations())
     row = layer_table.last()[0]
-    assert row.on_tm
-    assert row.scheme == "CompressedTensorsWNA8Int"
+    assert (row.on_tm, row.scheme) == (True, "CompressedTensorsWNA8Int")
+    assert row.note == "int8 activations, per token"
+    checkpoint(activations=tiny_llama.int8_activations() | {"num_bits": 4})
+    row = layer_table.last()[0]
+    assert (row.on_tm, row.scheme) == (True, "CompressedTensorsWNA4Int")
     assert "activations are not quantized" in row.note
-
-
-def test_reload_equals_a_fresh_load(tmp_path):
-    """Twice, with new values: bit for bit, in the old tensors."""
-    from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader.reload import (
-        finalize_layerwise_reload,
-        initialize_layerwise_reload,
-    )
-
-    tiny_llama.save(tmp_path / "first", tiny_llama.tensors(symmetric=False), symmetric=False)
-    model = tiny_llama.load(tmp_path / "first")
-    places = {name: param.data_ptr() for name, param in model.named_parameters()}
-    for seed in (1, 2):
-        state = tiny_llama.tensors(symmetric=False, seed=seed)
-        path = tmp_path / str(seed)
-        tiny_llama.save(path, state, symmetric=False)
-        config = tiny_llama.engine_config(path)
-        with set_current_vllm_config(config):
-            initialize_layerwise_reload(model)
-            model.load_weights(iter(state.items()))
-            finalize_layerwise_reload(model, config.model_config)
-        fresh = dict(tiny_llama.load(path).named_parameters())
-        for name, param in model.named_parameters():
-            assert param.data_ptr() == places[name]
-            assert torch.equal(param, fresh[name]), name
+    assert "4-bit activations" in row.note
 
 
 def test_errors_before_any_tensor_are_left_as_they_are(tmp_path):

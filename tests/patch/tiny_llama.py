@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Llama of a few kilobytes with W4A16 weights, written as a checkpoint and loaded by vLLM's own
-loader in this process. No tokenizer, no server: tests/e2e has those."""
+"""A Llama of a few kilobytes with quantized weights, written as a checkpoint and loaded by vLLM's
+own loader in this process. No tokenizer, no server: tests/e2e has those."""
 
 import json
 import tempfile
@@ -12,8 +12,22 @@ from safetensors.torch import save_file
 HIDDEN, HEADS, KV_HEADS, LAYERS, VOCABULARY = 128, 4, 2, 2, 256
 
 
-def tensors(group=32, symmetric=True, intermediate=256, seed=0, dtype=torch.bfloat16):
-    """The checkpoint's tensors, a new set for every seed."""
+def tensors(
+    group=32,
+    symmetric=True,
+    intermediate=256,
+    seed=0,
+    dtype=torch.bfloat16,
+    bits=4,
+    packed=True,
+    static=None,
+    tensor=False,
+):
+    """The checkpoint's tensors, a new set for every seed.
+
+    `packed`: pack-quantized weights, else int-quantized, a byte each. `tensor`: one scale for each
+    matrix. `static`: "symmetric" or "asymmetric" scales of activations beside them.
+    """
     generator = torch.Generator().manual_seed(seed)
     state = {
         "model.embed_tokens.weight": torch.randn(VOCABULARY, HIDDEN, generator=generator),
@@ -23,14 +37,24 @@ def tensors(group=32, symmetric=True, intermediate=256, seed=0, dtype=torch.bflo
 
     def quantized(name, n, k):
         groups = 1 if group == -1 else k // group
-        codes = torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=generator)
-        state[f"{name}.weight_packed"] = pack_to_int32(codes, 4)
-        state[f"{name}.weight_scale"] = torch.rand(n, groups, generator=generator) * 0.02 + 0.005
+        most = 1 << (bits - 1)
+        codes = torch.randint(-most, most, (n, k), dtype=torch.int8, generator=generator)
+        shape = (1,) if tensor else (n, groups)
+        scale = torch.rand(shape, generator=generator) * 0.02 + 0.005
+        state[f"{name}.weight_scale"] = scale * 8 / most
+        if static:
+            state[f"{name}.input_scale"] = torch.tensor([0.03])
+        if static == "asymmetric":
+            state[f"{name}.input_zero_point"] = torch.tensor([-21], dtype=torch.int8)
+        if not packed:
+            state[f"{name}.weight"] = codes
+            return
+        state[f"{name}.weight_packed"] = pack_to_int32(codes, bits)
         state[f"{name}.weight_shape"] = torch.tensor([n, k])
         if not symmetric:
-            zeros = torch.randint(-3, 3, (n, groups), dtype=torch.int8, generator=generator)
-            packed = pack_to_int32(zeros, 4, packed_dim=0).contiguous()
-            state[f"{name}.weight_zero_point"] = packed
+            zeros = torch.randint(-2, 2, (n, groups), dtype=torch.int8, generator=generator)
+            words = pack_to_int32(zeros, bits, packed_dim=0).contiguous()
+            state[f"{name}.weight_zero_point"] = words
 
     kv = HIDDEN // HEADS * KV_HEADS
     for index in range(LAYERS):
@@ -45,16 +69,36 @@ def tensors(group=32, symmetric=True, intermediate=256, seed=0, dtype=torch.bflo
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
 
 
+def int8_activations(static=None, symmetric=True):
+    """The configuration of dynamic activations per token, or of static ones."""
+    return {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": symmetric if static is None else static == "symmetric",
+        "strategy": "tensor" if static else "token",
+        "dynamic": static is None,
+    }
+
+
 def save(
-    path, state, group=32, symmetric=True, intermediate=256, activations=None, quantization=None
+    path,
+    state,
+    group=32,
+    symmetric=True,
+    intermediate=256,
+    activations=None,
+    quantization=None,
+    bits=4,
+    packed=True,
+    tensor=False,
 ):
     """Writes config.json and model.safetensors into `path`; `quantization` replaces the
     compressed-tensors configuration that the other arguments describe."""
     weights = {
-        "num_bits": 4,
+        "num_bits": bits,
         "type": "int",
         "symmetric": symmetric,
-        "strategy": "channel" if group == -1 else "group",
+        "strategy": "tensor" if tensor else "channel" if group == -1 else "group",
         "group_size": None if group == -1 else group,
         "dynamic": False,
     }
@@ -75,7 +119,7 @@ def save(
         "quantization_config": quantization
         or {
             "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
+            "format": "pack-quantized" if packed else "int-quantized",
             "quantization_status": "compressed",
             "ignore": ["lm_head"],
             "config_groups": {"group_0": scheme},

@@ -6,15 +6,21 @@ import itertools
 
 import pytest
 
+from vllm_plugin_tm import envs
 from vllm_plugin_tm.quantization.support_matrix import (
     CHANNEL,
     MATRIX,
+    WEIGHT_TYPES,
     Machine,
     Request,
     check,
+    check_machine,
     markdown,
     needs_zero_points,
     normalize_group_size,
+    scheme_of,
+    split_problem,
+    whole_words,
 )
 
 HERE = Machine(device="cpu", isa="avx2")
@@ -33,35 +39,54 @@ def changed(**fields):
     return dataclasses.replace(GOOD, **fields)
 
 
+def request(weight_type, **fields):
+    """A layer with this type of weights; channel-wise where it knows no groups."""
+    values = {"weight_type": weight_type, "zero_points": needs_zero_points(weight_type)}
+    return changed(**(values | fields))
+
+
 @pytest.mark.parametrize(
-    ("row", "weight_type", "group_size", "act_dtype", "isa"),
-    [
-        cell
-        for row in MATRIX
-        for cell in itertools.product(
-            [row], row.weight_types, (8, 24, 32, 64, 128, CHANNEL), row.act_dtypes, row.isas
-        )
-    ],
+    ("row", "weight_type"),
+    [pytest.param(r, t, id=f"{r.scheme}-{t}") for r in MATRIX for t in r.weight_types],
 )
-def test_every_cell_is_a_yes(row, weight_type, group_size, act_dtype, isa):
-    request = changed(
-        weight_type=weight_type,
-        zero_points=needs_zero_points(weight_type),
-        group_size=group_size,
-        act_dtype=act_dtype,
-        k=384,
-        full_k=768,
+def test_every_cell_is_a_yes(row, weight_type):
+    groups = (8, 24, 32, 64, 128, CHANNEL) if row.group_multiple else (CHANNEL,)
+    for group_size, act_dtype, isa in itertools.product(groups, row.act_dtypes, row.isas):
+        wanted = request(weight_type, group_size=group_size, act_dtype=act_dtype, k=384, full_k=768)
+        verdict = check(wanted, Machine(device=row.device, isa=isa), (row.scheme,), row.scheme)
+        assert verdict.ok, (group_size, act_dtype, isa, verdict.reason)
+        assert verdict.reason is None
+
+
+@pytest.mark.parametrize(
+    ("row", "weight_type"),
+    [pytest.param(r, t, id=f"{r.scheme}-{t}") for r in MATRIX for t in r.weight_types],
+)
+@pytest.mark.parametrize("group_size", [1, 2, 4, 12, 20, 36, -2])
+def test_group_sizes_are_multiples_of_a_word_of_the_layout(row, weight_type, group_size):
+    wanted = request(weight_type, group_size=group_size, k=720, full_k=720)
+    verdict = check(wanted, HERE, scheme=row.scheme)
+    assert verdict.ok == bool(
+        row.group_multiple and group_size > 0 and group_size % row.group_multiple == 0
     )
-    verdict = check(request, Machine(device=row.device, isa=isa), (row.scheme,), row.scheme)
-    assert verdict.ok, verdict.reason
-    assert verdict.reason is None
+    if not verdict.ok:
+        assert f"group size ({group_size}) not supported" in str(verdict.reason)
+
+
+def test_weights_of_each_width_have_the_scheme_that_holds_them():
+    for name, kind in WEIGHT_TYPES.items():
+        expected = ("w4a16" if kind.bits <= 4 else "w8a16") if kind.packed else f"w{kind.bits}a8"
+        assert scheme_of(name) == expected
+    assert scheme_of("float4_e2m1f") is None
+    assert scheme_of("uint1") is None
 
 
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        (changed(weight_type="uint8b128"), ("uint8b128", "uint4b8")),
-        (changed(weight_type="int4"), ("int4", "uint4b8")),
+        (changed(weight_type="uint1b1"), ("uint1b1", "uint4b8", "uint8b128", "int4")),
+        (changed(weight_type="float4_e2m1f"), ("float4_e2m1f", "uint4b8")),
+        (changed(weight_type="uint8b128", group_size=6), ("6", "4", "-1")),
         (changed(weight_type="uint4"), ("uint4", "False")),
         (changed(zero_points=True), ("uint4b8", "True")),
         (changed(act_dtype="int8"), ("int8", "bfloat16")),
@@ -85,6 +110,32 @@ def test_every_rule_gives_value_and_limit(request_, words):
         assert word in verdict.reason
 
 
+@pytest.mark.parametrize(
+    ("bits", "whole"), [(2, 16), (3, 32), (4, 8), (5, 32), (6, 16), (7, 32), (8, 4)]
+)
+def test_shards_end_with_a_word(bits, whole):
+    assert whole_words(bits) == whole
+    for weight_type in (f"uint{bits}b{1 << (bits - 1)}", f"uint{bits}"):
+        for k in range(1, 97):
+            wanted = request(weight_type, group_size=CHANNEL, k=k, full_k=2 * k)
+            assert check(wanted, HERE).ok == (k % whole == 0)
+    # Zero points are packed along the output.
+    for n in range(1, 97):
+        wanted = request(f"uint{bits}", n=n, full_n=2 * n)
+        assert check(wanted, HERE).ok == (n % whole == 0)
+        wanted = request(f"uint{bits}b{1 << (bits - 1)}", n=n, full_n=2 * n)
+        assert check(wanted, HERE).ok
+    reason = str(split_problem(bits, whole + 1, "the input size of a shard of 999"))
+    for word in ("shard of 999", f"({whole + 1})", f"multiple of {whole}:", f"{bits}-bit"):
+        assert word in reason
+
+
+@pytest.mark.parametrize("weight_type", ["int4", "int8"])
+def test_bytes_can_be_cut_anywhere(weight_type):
+    scheme = scheme_of(weight_type)
+    assert check(request(weight_type, group_size=CHANNEL, k=13, full_k=26), HERE, scheme=scheme).ok
+
+
 def test_odd_sizes_are_fine_where_nothing_splits_a_word():
     assert check(changed(k=100, full_k=100, n=37, group_size=CHANNEL), HERE).ok
     assert check(changed(k=100, full_k=100, n=37, group_size=100), HERE).ok
@@ -98,14 +149,22 @@ def test_processor_without_kernels_is_refused():
         assert "avx2" in str(verdict.reason)
 
 
-def test_amx_is_upstreams_unless_an_instruction_set_is_forced():
-    assert "AMX" in str(check(GOOD, Machine("cpu", "avx512bf16", amx=True)).reason)
+def test_amx_is_upstreams_where_it_has_a_kernel_unless_an_instruction_set_is_forced():
+    amx = Machine("cpu", "avx512bf16", amx=True)
+    assert "AMX" in str(check(GOOD, amx).reason)
     assert check(GOOD, Machine("cpu", "avx512bf16", amx=True, isa_forced=True)).ok
+    kept = {name for name in WEIGHT_TYPES if not check_machine(scheme_of(name), name, amx).ok}
+    assert kept == {"uint4", "uint4b8", "int8"}
 
 
 def test_other_devices_and_excluded_schemes_are_refused():
     assert "cuda" in str(check(GOOD, Machine("cuda", "avx2")).reason)
     assert "w4a16" in str(check(GOOD, HERE, schemes=()).reason)
+    for row in MATRIX:
+        others = tuple(scheme for scheme in envs.SCHEMES if scheme != row.scheme)
+        for weight_type in row.weight_types:
+            verdict = check_machine(row.scheme, weight_type, HERE, others)
+            assert f"{row.scheme} is not among the schemes to take" in str(verdict.reason)
 
 
 @pytest.mark.parametrize("group_size", [None, 0, -1, "channel", 512])
@@ -122,8 +181,11 @@ def test_markdown_shows_every_row_whole():
     lines = markdown().splitlines()
     assert len(lines) == 2 + len(MATRIX)
     for row, line in zip(MATRIX, lines[2:], strict=True):
-        for word in (row.scheme.upper(), *row.formats, *row.act_dtypes, *row.isas):
+        for word in (row.scheme.upper(), *row.formats, *row.act_dtypes, row.rounding, *row.isas):
             assert word in line
+    assert "2, 3 and 4 bits, symmetric and asymmetric" in lines[2]
+    assert "5, 6, 7 and 8 bits, symmetric and asymmetric" in lines[3]
+    assert "8 bits, symmetric |" in lines[5]
 
 
 def test_importable_without_torch_and_vllm():

@@ -11,7 +11,7 @@ PREFIX = "(Worker pid=9) INFO 11-21 07:53:40 [model_loader.py:88] "
 TABLE = [
     "vllm-plugin-tm layers: 120 of 122 on TM kernels",
     "  layers  runs on   kernel",
-    "  120     TM        TMW4A16LinearKernel",
+    "  120     TM        TMWNA16LinearKernel",
 ]
 
 

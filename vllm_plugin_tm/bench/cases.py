@@ -1,27 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is measured: shapes, batch sizes and formats, and what each moves and computes. No torch."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from itertools import product
 
+from vllm_plugin_tm.bench.schemes import SCHEMES, USUAL_SCHEME, Scheme
 from vllm_plugin_tm.quantization.support_matrix import CHANNEL
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (2048, 2048), (8192, 2048), (576, 576))
 """N x K: the projections of Llama-3-8B and Llama-3.2-1B, and one of SmolLM2-135M."""
+LARGE = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 2048))
+"""Those that the goals are about."""
 BATCHES = tuple(2**i for i in range(11))
-GROUP_SIZES = (32, 64, 128, CHANNEL)
 DTYPES = ("bf16", "f16", "f32")
 
-# What a run without options measures: every batch at the usual format, and the other formats where
-# they could differ: decode, a small batch, the turn to prefill, prefill.
-USUAL_GROUP = 128
-_OTHER_BATCHES = (1, 4, 16, 128)
+# What a run without options measures: every batch at a scheme's usual format, and its other formats
+# where they could differ: decode, a small batch, the turn to prefill, prefill. The usual scheme's
+# on all large shapes, the others' on two: a run has to end in about ten minutes.
+_OTHER_BATCHES = (1, 4, 16, 256)
+_OTHER_SHAPES = LARGE[:2]
 # --quick: one large, one middle and one small matrix, once per regime.
 _QUICK_SHAPES = ((4096, 4096), (2048, 2048), (576, 576))
 _QUICK_BATCHES = (1, 4, 16, 128)
 
-OURS, OURS_SYMMETRIC, UPSTREAM, TORCH = "tm", "tm-symmetric", "upstream", "torch"
-KERNELS = (OURS, UPSTREAM, TORCH)
+OURS, OURS_SYMMETRIC, UPSTREAM, UPSTREAM_W8A8, TORCH = (
+    "tm",
+    "tm-symmetric",
+    "upstream",
+    "upstream-w8a8",
+    "torch",
+)
+KERNELS = (OURS, UPSTREAM, UPSTREAM_W8A8, TORCH)
 """What can be asked for; OURS_SYMMETRIC comes by itself beside an asymmetric case."""
 
 _DTYPE_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
@@ -29,14 +39,20 @@ _DTYPE_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
 
 @dataclass(frozen=True)
 class Format:
-    """How a weight matrix is stored and in which dtype its activations come.
+    """How a weight matrix is stored, in which dtype its activations come and what becomes of them.
 
-    `group_size` is along K, CHANNEL for one group; `dtype` one of DTYPES.
+    `group_size` is along K, CHANNEL for one group; `symmetric` as schemes.Scheme says; `dtype` one
+    of DTYPES; `scheme` one of SCHEMES.
     """
 
-    group_size: int = USUAL_GROUP
+    group_size: int = SCHEMES[USUAL_SCHEME].usual_group
     symmetric: bool = True
     dtype: str = "bf16"
+    scheme: str = USUAL_SCHEME
+
+    @property
+    def facts(self) -> Scheme:
+        return SCHEMES[self.scheme]
 
     @property
     def group_name(self) -> str:
@@ -45,7 +61,7 @@ class Format:
     @property
     def name(self) -> str:
         symmetry = "symmetric" if self.symmetric else "asymmetric"
-        return f"group {self.group_name}, {symmetry}, {self.dtype}"
+        return f"{self.facts.title}, group {self.group_name}, {symmetry}, {self.dtype}"
 
 
 @dataclass(frozen=True)
@@ -64,7 +80,8 @@ class Case:
 
     @property
     def activation_bytes(self) -> int:
-        """x [m, k] read once and y [m, n] written once."""
+        """x [m, k] read once and y [m, n] written once, both in the activations' dtype: integers
+        that an op makes of x never leave it."""
         return self.m * (self.k + self.n) * _DTYPE_BYTES[self.format.dtype]
 
 
@@ -74,48 +91,58 @@ def fits(n: int, k: int, group_size: int) -> bool:
     return n % 8 == 0 and k % 8 == 0 and (group_size == CHANNEL or k % group_size == 0)
 
 
-def default_cases(dtype: str = "bf16") -> list[Case]:
-    """The run without options: see USUAL_GROUP."""
-    usual = Format(dtype=dtype)
-    others = [Format(group, True, dtype) for group in GROUP_SIZES if group != USUAL_GROUP]
-    others.append(Format(USUAL_GROUP, False, dtype))
-    cases = [Case(n, k, m, usual) for (n, k), m in product(SHAPES, BATCHES)]
-    cases += [Case(n, k, m, f) for (n, k), f, m in product(SHAPES, others, _OTHER_BATCHES)]
+def default_cases(schemes: Iterable[str] = SCHEMES, dtype: str = "bf16") -> list[Case]:
+    """The run without options: every shape and batch size at each scheme's usual format, large
+    shapes at some batch sizes in its others."""
+    cases = []
+    for scheme in (SCHEMES[name] for name in schemes):
+        usual = Format(scheme.usual_group, True, dtype, scheme.name)
+        others = [Format(group, even, dtype, scheme.name) for group, even in scheme.other_formats]
+        cases += [Case(n, k, m, usual) for (n, k), m in product(SHAPES, BATCHES)]
+        shapes = LARGE if scheme.name == USUAL_SCHEME else _OTHER_SHAPES
+        cases += [Case(n, k, m, f) for (n, k), f, m in product(shapes, others, _OTHER_BATCHES)]
     return _runnable(cases)
 
 
-def quick_cases(dtype: str = "bf16") -> list[Case]:
-    """The run with --quick."""
-    usual = Format(dtype=dtype)
-    return _runnable([Case(n, k, m, usual) for (n, k), m in product(_QUICK_SHAPES, _QUICK_BATCHES)])
-
-
 def chosen_cases(
-    shapes: tuple[tuple[int, int], ...] | None,
-    batches: tuple[int, ...] | None,
-    group_sizes: tuple[int, ...] | None,
-    symmetries: tuple[bool, ...],
-    dtypes: tuple[str, ...],
+    schemes: Iterable[str],
+    shapes: tuple[tuple[int, int], ...] | None = None,
+    batches: tuple[int, ...] | None = None,
+    group_sizes: tuple[int, ...] | None = None,
+    symmetries: tuple[bool, ...] = (True,),
+    dtypes: tuple[str, ...] = ("bf16",),
     quick: bool = False,
 ) -> list[Case]:
     """Every combination of what was asked for; None means the default of a full or quick run.
 
     Raises:
-        ValueError: a shape that cannot be cut into groups of an asked-for size.
+        ValueError: a shape that cannot be cut into groups of an asked-for size, or a scheme that
+            has no such groups.
     """
-    asked = group_sizes is not None
     shapes = shapes or (_QUICK_SHAPES if quick else SHAPES)
     batches = batches or (_QUICK_BATCHES if quick else BATCHES)
-    group_sizes = group_sizes or (USUAL_GROUP,)
-    formats = [Format(*f) for f in product(group_sizes, symmetries, dtypes)]
-    cases = [Case(n, k, m, f) for (n, k), f, m in product(shapes, formats, batches)]
-    for case in cases if asked else ():
-        if not fits(case.n, case.k, case.format.group_size):
-            raise ValueError(
-                f"shape {case.n}x{case.k} with group size {case.format.group_name}: N must be a "
-                f"multiple of 8 and K={case.k} of 8 and of the group size"
-            )
+    cases = []
+    for scheme in (SCHEMES[name] for name in schemes):
+        groups = group_sizes or (scheme.usual_group,)
+        formats = [Format(*f, scheme.name) for f in product(groups, symmetries, dtypes)]
+        cases += [Case(n, k, m, f) for (n, k), f, m in product(shapes, formats, batches)]
+    for case in cases if group_sizes else ():
+        _check_group(case)
     return _runnable(cases)
+
+
+def _check_group(case: Case) -> None:
+    form = case.format
+    if form.group_size != CHANNEL and not form.facts.grouped:
+        raise ValueError(
+            f"scheme {form.scheme} with group size {form.group_name}: its weights have one scale "
+            "per output channel, so the only group size is channel"
+        )
+    if not fits(case.n, case.k, form.group_size):
+        raise ValueError(
+            f"shape {case.n}x{case.k} with group size {form.group_name}: N must be a multiple of 8 "
+            f"and K={case.k} of 8 and of the group size"
+        )
 
 
 def _runnable(cases: list[Case]) -> list[Case]:
@@ -124,8 +151,7 @@ def _runnable(cases: list[Case]) -> list[Case]:
 
 
 def _fitted(case: Case) -> Case:
-    form = case.format
-    if fits(case.n, case.k, form.group_size):
+    if fits(case.n, case.k, case.format.group_size):
         return case
     group = next((g for g in (128, 64, 32) if case.k % g == 0), CHANNEL)
-    return Case(case.n, case.k, case.m, Format(group, form.symmetric, form.dtype))
+    return replace(case, format=replace(case.format, group_size=group))

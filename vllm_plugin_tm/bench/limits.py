@@ -9,15 +9,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_plugin_tm.bench import timing
+from vllm_plugin_tm.bench.cases import Format
 
 if TYPE_CHECKING:
     import torch
 
 DOT_KINDS = ("bf16", "int8", "fma32")
-# The instruction that bounds activations of a dtype, and what to take where it is missing. fp16 has
-# no dot of its own on x86 without AVX512-FP16; split exactly into bf16 pairs it needs two bf16
-# dots, which is the rate of the fp32 multiply-add.
-_DOT_OF = {"bf16": ("bf16", "fma32"), "f16": ("fma32",), "f32": ("fma32",)}
+# The instruction that bounds a product, by what it multiplies, and what to take where it is
+# missing. fp16 has no dot of its own on x86 without AVX512-FP16; split exactly into bf16 pairs it
+# needs two bf16 dots, which is the rate of the fp32 multiply-add. Without a byte dot, integers are
+# multiplied as 16-bit pairs, up to twice the rate of the fp32 multiply-add: a yardstick, no limit.
+_DOT_OF = {
+    "int8": ("int8", "fma32"),
+    "bf16": ("bf16", "fma32"),
+    "f16": ("fma32",),
+    "f32": ("fma32",),
+}
 _DOT_ITERATIONS = 200_000  # 16 independent instructions each: about a millisecond
 _EFFORT = timing.Effort(sample_s=0.004, case_s=0.2, rounds=(7, 31))
 
@@ -36,16 +43,19 @@ class Limits:
     dot_gflops: dict[str, float]
 
 
-def dot_kind(dtype: str, flops: Callable[[str], float]) -> str:
-    """The instruction that bounds activations of this dtype; `flops(kind)` is 0 where missing.
+def dot_kind(form: Format, flops: Callable[[str], float]) -> str:
+    """The instruction that bounds products in this format; `flops(kind)` is 0 where missing.
 
     Raises:
         ValueError: the processor has none of them.
     """
-    for kind in _DOT_OF[dtype]:
+    operands = "int8" if form.facts.integer_activations else form.dtype
+    for kind in _DOT_OF[operands]:
         if flops(kind):
             return kind
-    raise ValueError(f"this processor has none of the instructions {_DOT_OF[dtype]} for {dtype}")
+    raise ValueError(
+        f"this processor has none of the instructions {_DOT_OF[operands]} for {operands}"
+    )
 
 
 def drift(before: Limits, after: Limits) -> dict[str, float]:

@@ -6,7 +6,10 @@ import difflib
 from pathlib import Path
 
 from vllm_plugin_tm.bench import cases, plot
-from vllm_plugin_tm.bench.cases import CHANNEL
+from vllm_plugin_tm.bench.schemes import SCHEMES
+from vllm_plugin_tm.quantization.support_matrix import CHANNEL
+
+ALL = "all"
 
 
 def shapes(text: str) -> tuple[tuple[int, int], ...]:
@@ -22,6 +25,17 @@ def batches(text: str) -> tuple[int, ...]:
 def group_sizes(text: str) -> tuple[int, ...]:
     """ "32,channel" -> (32, CHANNEL)."""
     return tuple(_group_size(part) for part in text.split(","))
+
+
+def schemes(text: str) -> tuple[str, ...]:
+    """ "w4a16,W8A8" -> ("w4a16", "w8a8"); "all" -> every one."""
+    if text.strip() == ALL:
+        return tuple(SCHEMES)
+    allowed = (*SCHEMES, ALL)
+    chosen = tuple(_one_of(part.lower(), allowed, "scheme") for part in text.split(","))
+    if ALL in chosen:
+        raise argparse.ArgumentTypeError(f"{text!r}: {ALL} stands alone")
+    return chosen
 
 
 def dtypes(text: str) -> tuple[str, ...]:
@@ -64,7 +78,7 @@ def isas(text: str, available: tuple[str, ...]) -> tuple[str, ...]:
     Raises:
         ValueError: a name that this processor cannot run or that no kernel exists for.
     """
-    if text == "all":
+    if text == ALL:
         return available
     chosen = text.split(",")
     for name in chosen:

@@ -1,27 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The roofline picture: what each kernel reaches at its intensity, under measured roofs."""
+"""The roofline picture: what each kernel reaches at its intensity, under measured roofs; a panel
+per scheme."""
 
 import importlib.util
+import itertools
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vllm_plugin_tm.bench.cases import OURS, OURS_SYMMETRIC, TORCH, UPSTREAM
+from vllm_plugin_tm.bench.cases import OURS, OURS_SYMMETRIC, TORCH, UPSTREAM, UPSTREAM_W8A8
 from vllm_plugin_tm.bench.results import Report, Row
+from vllm_plugin_tm.bench.table import flops_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
-_MARKS = {OURS: "o", OURS_SYMMETRIC: "D", UPSTREAM: "s", TORCH: "^"}
-_COLORS = ("#0b6e4f", "#c8553d", "#3d5a80", "#8e6c8a", "#e09f3e", "#5c5c5c")
+_MARKS = {OURS: "o", OURS_SYMMETRIC: "D", UPSTREAM: "s", UPSTREAM_W8A8: "v", TORCH: "^"}
+_COLORS = (
+    "#0b6e4f",
+    "#c8553d",
+    "#3d5a80",
+    "#8e6c8a",
+    "#e09f3e",
+    "#5c5c5c",
+    "#7fb069",
+    "#2a9d8f",
+)
 _NAMES = {
     OURS: "this plugin",
     OURS_SYMMETRIC: "this plugin, symmetric twin",
-    UPSTREAM: "upstream vLLM W4A16",
+    UPSTREAM: "upstream vLLM {scheme}",
+    UPSTREAM_W8A8: "upstream vLLM W8A8",
     TORCH: "torch F.linear",
 }
+_PANEL = (10.0, 5.9)  # inches
+_CAPTION = 1.0
 
 
 class PlotUnavailableError(RuntimeError):
@@ -55,50 +70,74 @@ def save(report: Report, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 7.5))
+    panels = [
+        [row for row in report.rows if row.scheme == name]
+        for name in dict.fromkeys(row.scheme for row in report.rows)
+    ]
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    width, height = _PANEL[0] * columns, _PANEL[1] * lines + _CAPTION
+    figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.09, 0.21, 0.88, 0.71))
-    _roofs(axes, report)
-    _points(axes, report.rows)
+    for place, rows in enumerate(panels):
+        line, column = divmod(place, columns)
+        top = height - line * _PANEL[1]
+        corner = ((column + 0.1) * _PANEL[0] / width, (top - 0.9 * _PANEL[1]) / height)
+        size = (0.87 * _PANEL[0] / width, 0.82 * _PANEL[1] / height)
+        _panel(figure.add_axes((*corner, *size)), report, rows)
+    style: dict[str, Any] = {"fontsize": 7.5, "family": "monospace", "va": "bottom"}
+    figure.text(0.1 / columns, 0.02, _caption(report), **style)
+    figure.savefig(path, dpi=150 if columns == 1 else 100)
+
+
+def _panel(axes: "Axes", report: Report, rows: list[Row]) -> None:
+    """One scheme: its points under the roofs that bound it."""
+    _roofs(axes, report, rows)
+    _points(axes, report, rows)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    axes.set_xlabel("arithmetic intensity: FLOP per byte of weights, scales, x and y")
-    axes.set_ylabel("GFLOP/s")
+    unit = flops_unit(rows[0])
+    operations = unit.removesuffix("/s").removeprefix("G")
+    axes.set_xlabel(f"arithmetic intensity: {operations} per byte of weights, scales, x and y")
+    axes.set_ylabel(unit)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_title("4-bit linear layers against the limits of the machine")
+    axes.set_title(f"{rows[0].format.facts.title} linear layers against the limits of the machine")
     axes.grid(visible=True, which="major", color="#dddddd", linewidth=0.6)
     axes.legend(loc="lower right", fontsize=9, framealpha=0.95)
-    figure.text(0.09, 0.02, _caption(report), fontsize=7.5, family="monospace", va="bottom")
-    figure.savefig(path, dpi=150)
 
 
-def _roofs(axes: "Axes", report: Report) -> None:
-    """The band between the limits before and after the run, for each roof."""
-    intensities = [row.intensity for row in report.rows]
+def _roofs(axes: "Axes", report: Report, rows: list[Row]) -> None:
+    """The band between the limits before and after the run, for each roof of these rows."""
+    intensities = [row.intensity for row in rows]
     left, right = min(intensities) / 1.5, max(intensities) * 1.5
     axes.set_xlim(left, right)
     reads = (report.before.read_gbps, report.after.read_gbps)
-    kinds = sorted({row.limits.dot_kind for row in report.rows})
+    kinds = sorted({row.limits.dot_kind for row in rows})
+    unit = flops_unit(rows[0])
     highest = 0.0
     for kind, style in zip(kinds, ("-", "--"), strict=False):
         peaks = (report.before.dot_gflops[kind], report.after.dot_gflops[kind])
         peak = max(peaks)
         highest = max(highest, peak)
         axes.fill_between([left, right], [min(peaks)] * 2, [peak] * 2, color="#999999", alpha=0.3)
-        label = f"{kind} multiply-add peak: {peak:.0f} GFLOP/s"
+        label = f"{kind} multiply-add peak: {peak:.0f} {unit}"
         axes.plot([left, right], [peak] * 2, color="black", linestyle=style, label=label)
     ends = (left, highest / max(reads))
     low, high = ([intensity * read for intensity in ends] for read in (min(reads), max(reads)))
     axes.fill_between(ends, low, high, color="#999999", alpha=0.3)
     axes.plot(ends, high, color="black", linewidth=2, label=f"read roof: {max(reads):.1f} GB/s")
-    axes.set_ylim(min(row.gflops for row in report.rows) / 2, highest * 1.5)
+    axes.set_ylim(min(row.gflops for row in rows) / 2, highest * 1.5)
 
 
-def _points(axes: "Axes", rows: tuple[Row, ...]) -> None:
-    kernels = list(dict.fromkeys((row.kernel, row.isa) for row in rows))
-    for (kernel, isa), color in zip(kernels, _COLORS, strict=False):
+def _points(axes: "Axes", report: Report, rows: list[Row]) -> None:
+    scheme = rows[0].format.facts.title
+    # A kernel has one colour in all panels.
+    kernels = dict.fromkeys((row.kernel, row.isa) for row in report.rows)
+    for (kernel, isa), color in zip(kernels, itertools.cycle(_COLORS), strict=False):
         own = [row for row in rows if (row.kernel, row.isa) == (kernel, isa)]
+        if not own:
+            continue
         axes.scatter(
             [row.intensity for row in own],
             [row.gflops for row in own],
@@ -107,7 +146,7 @@ def _points(axes: "Axes", rows: tuple[Row, ...]) -> None:
             color=color,
             alpha=0.75,
             linewidths=0,
-            label=f"{_NAMES.get(kernel, kernel)} {isa}".strip(),
+            label=f"{_NAMES.get(kernel, kernel).format(scheme=scheme)} {isa}".strip(),
             zorder=3 if kernel == OURS else 2,
         )
 

@@ -10,12 +10,13 @@ from vllm_plugin_tm.bench.limits import Limits
 from vllm_plugin_tm.bench.machine import Machine
 from vllm_plugin_tm.bench.timing import Samples, ratio
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
 class RowLimits:
-    """The limits in the rounds of one case: GB/s (1e9 bytes), GFLOP/s, and whose peak that is."""
+    """The limits in the rounds of one case: GB/s (1e9 bytes), GFLOP/s (int8: GOP/s), and whose peak
+    that is."""
 
     read_gbps: float
     dot_gflops: float
@@ -24,8 +25,8 @@ class RowLimits:
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel on one case. Times in ms per call; bytes as moved by one call: weights, scales and
-    zero points in the kernel's layout, x and y.
+    """One kernel on one case. Times in ms per call; bytes as moved by one call: weights, scales,
+    zero points and sums of weights in the kernel's layout, x and y.
 
     `speedups`: peer's kernel name -> the peer's time over this one's, the median over rounds of
     neighbouring samples; only peers that ran.
@@ -34,6 +35,7 @@ class Row:
     n: int
     k: int
     m: int
+    scheme: str
     group_size: int
     symmetric: bool
     dtype: str
@@ -50,7 +52,7 @@ class Row:
 
     @property
     def format(self) -> Format:
-        return Format(self.group_size, self.symmetric, self.dtype)
+        return Format(self.group_size, self.symmetric, self.dtype, self.scheme)
 
     @property
     def gbps(self) -> float:
@@ -85,11 +87,12 @@ _DERIVED = ("gbps", "gflops", "bandwidth_fraction", "dot_fraction", "roofline_fr
 
 @dataclass(frozen=True)
 class PackRow:
-    """Packing one matrix from disk order to kernel layout. `disk_bytes` are those of the 4-bit
-    codes; `resident_ratio` is kernel layout over disk tensors, scales and zero points included."""
+    """Packing one matrix from disk order to kernel layout. `disk_bytes` are those of the codes;
+    `resident_ratio` is kernel layout over disk tensors, scales, zero points and sums included."""
 
     n: int
     k: int
+    scheme: str
     group_size: int
     symmetric: bool
     dtype: str
@@ -102,7 +105,7 @@ class PackRow:
 
     @property
     def format(self) -> Format:
-        return Format(self.group_size, self.symmetric, self.dtype)
+        return Format(self.group_size, self.symmetric, self.dtype, self.scheme)
 
     @property
     def gbps(self) -> float:
@@ -153,6 +156,7 @@ def _row(case: Case, own: Measured, others: dict[str, Measured], limits: RowLimi
         n=case.n,
         k=case.k,
         m=case.m,
+        scheme=form.scheme,
         group_size=form.group_size,
         symmetric=own.symmetric,
         dtype=form.dtype,
@@ -176,6 +180,7 @@ def pack_row(case: Case, samples: Samples, disk_bytes: int, resident_ratio: floa
     return PackRow(
         n=case.n,
         k=case.k,
+        scheme=form.scheme,
         group_size=form.group_size,
         symmetric=form.symmetric,
         dtype=form.dtype,

@@ -9,9 +9,10 @@ from itertools import groupby
 
 import torch
 
-from vllm_plugin_tm.bench import guard, machine, peers, results, timing
-from vllm_plugin_tm.bench.cases import OURS, OURS_SYMMETRIC, TORCH, UPSTREAM, Case
+from vllm_plugin_tm.bench import guard, machine, peers, results, timing, upstream
+from vllm_plugin_tm.bench.cases import OURS, OURS_SYMMETRIC, TORCH, UPSTREAM, UPSTREAM_W8A8, Case
 from vllm_plugin_tm.bench.limits import LimitLoops, dot_kind
+from vllm_plugin_tm.bench.weights import DTYPES, Weights, random_weights, tensor_bytes
 from vllm_plugin_tm.kernels import ops
 
 _READ, _DOT = "limit: read", "limit: dot"
@@ -34,7 +35,7 @@ class Plan:
     threads: int
     effort: timing.Effort
     command: str
-    more: tuple[Callable[[peers.Weights, int], peers.Peer], ...] = ()
+    more: tuple[Callable[[Weights, int], peers.Peer], ...] = ()
 
 
 @dataclass
@@ -64,13 +65,13 @@ def run(plan: Plan, progress: Progress = lambda done, total, label: None) -> res
             first = cases[0]
             label = f"{first.n}x{first.k}, {first.format.name}"
             progress(done, len(plan.cases), label)
-            weights = peers.random_weights(first.n, first.k, first.format)
+            weights = random_weights(first.n, first.k, first.format)
             if OURS in plan.kernels:
                 found.packing.append(_pack(first, weights, here.llc_bytes, plan.effort))
             everyone = list(_peers(plan, weights, here.llc_bytes, found))
             for case in cases:
                 progress(done, len(plan.cases), f"{label}, M={case.m}")
-                _measure(case, weights, everyone, loops, plan.effort, found)
+                _measure(case, everyone, loops, plan.effort, found)
                 done += 1
     finally:
         if isa in ops.cpu_isas():
@@ -94,14 +95,16 @@ def _by_matrix(cases: tuple[Case, ...]) -> Iterator[list[Case]]:
         yield list(same)
 
 
-def _peers(plan: Plan, weights: peers.Weights, llc: int, found: _Collected) -> Iterator[peers.Peer]:
+def _peers(plan: Plan, weights: Weights, llc: int, found: _Collected) -> Iterator[peers.Peer]:
     if OURS in plan.kernels:
         for isa in plan.isas:
             yield peers.ours(weights, isa, llc)
-        if weights.zero_point is not None:
+        if not weights.format.symmetric:
             yield peers.ours(weights.symmetric(), plan.isas[0], llc, OURS_SYMMETRIC)
+    beside = UPSTREAM_W8A8 in plan.kernels and weights.format.scheme == "w4a8"
     makers = [
-        *([peers.upstream] if UPSTREAM in plan.kernels else []),
+        *([upstream.upstream] if UPSTREAM in plan.kernels else []),
+        *([upstream.upstream_w8a8] if beside else []),
         *([peers.torch_linear] if TORCH in plan.kernels else []),
         *plan.more,
     ]
@@ -114,16 +117,17 @@ def _peers(plan: Plan, weights: peers.Weights, llc: int, found: _Collected) -> I
 
 def _measure(
     case: Case,
-    weights: peers.Weights,
     everyone: list[peers.Peer],
     loops: LimitLoops,
     effort: timing.Effort,
     found: _Collected,
 ) -> None:
     generator = torch.Generator().manual_seed(case.m)
-    x = torch.randn(case.m, case.k, generator=generator).to(peers.DTYPES[case.format.dtype])
-    able = {peer.label: peer for peer in everyone if _is_right(peer, weights, x, found)}
-    kind = dot_kind(case.format.dtype, loops.dot_flops)
+    x = torch.randn(case.m, case.k, generator=generator).to(DTYPES[case.format.dtype])
+    able = {peer.label: peer for peer in everyone if _takes(peer, x, found)}
+    for peer in able.values():
+        peer.warm(x)
+    kind = dot_kind(case.format, loops.dot_flops)
     steps = {label: peer.step(x) for label, peer in able.items()}
     steps |= {_READ: loops.read, _DOT: loops.dot(kind)}
 
@@ -139,22 +143,27 @@ def _measure(
     )
     measured = [
         results.Measured(
-            peer.name, peer.isa, _is_symmetric(peer, weights), peer.weight_bytes, samples[label]
+            peer.name,
+            peer.isa,
+            case.format.symmetric or peer.name == OURS_SYMMETRIC,
+            peer.weight_bytes,
+            samples[label],
         )
         for label, peer in able.items()
     ]
     found.rows += results.rows_of(case, measured, limits)
 
 
-def _is_symmetric(peer: peers.Peer, weights: peers.Weights) -> bool:
-    return weights.zero_point is None or peer.name == OURS_SYMMETRIC
-
-
-def _is_right(peer: peers.Peer, weights: peers.Weights, x: torch.Tensor, found: _Collected) -> bool:
-    """Ours must be; of a peer it is noted and the peer left out."""
-    own = weights.symmetric() if peer.name == OURS_SYMMETRIC else weights
+def _takes(peer: peers.Peer, x: torch.Tensor, found: _Collected) -> bool:
+    """Whether the peer is timed on x. Ours must be right; of a peer it is noted and the peer left
+    out."""
+    if peer.most_rows is not None and len(x) > peer.most_rows:
+        title = peer.weights.format.facts.title
+        reason = f"{peer.label}: {title} beyond M={peer.most_rows}: a call takes up to seconds"
+        found.skipped[reason] = None
+        return False
     try:
-        guard.check(peer, own, x)
+        guard.check(peer, x)
     except guard.WrongResultError as error:
         if peer.isa:
             raise
@@ -163,12 +172,10 @@ def _is_right(peer: peers.Peer, weights: peers.Weights, x: torch.Tensor, found: 
     return True
 
 
-def _pack(
-    case: Case, weights: peers.Weights, llc_bytes: int, effort: timing.Effort
-) -> results.PackRow:
+def _pack(case: Case, weights: Weights, llc_bytes: int, effort: timing.Effort) -> results.PackRow:
     # From disk tensors that rotate like the weights of a kernel: none of them is in a cache.
     sources = itertools.cycle(weights.copies(llc_bytes))
     samples = timing.time_in_turns({"pack": lambda: peers.pack(next(sources))}, effort)["pack"]
-    packed = sum(t.numel() * t.element_size() for t in peers.pack(weights))
-    disk = weights.weight_packed.numel() * weights.weight_packed.element_size()
+    packed = sum(tensor_bytes(t) for t in peers.pack(weights))
+    disk = tensor_bytes(weights.codes)
     return results.pack_row(case, samples, disk, packed / weights.bytes)

@@ -2,7 +2,7 @@
 """A report as tables for the terminal."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from rich import box
@@ -38,6 +38,8 @@ def milliseconds(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
+FLOPS = "GFLOP/s"
+
 COLUMNS = (
     Column("M", lambda row: str(row.m)),
     Column("kernel", lambda row: f"{row.kernel} {row.isa}".strip()),
@@ -45,7 +47,7 @@ COLUMNS = (
     Column("p10-p90", lambda row: f"{milliseconds(row.ms_p10)}-{milliseconds(row.ms_p90)}"),
     Column("GB/s", lambda row: f"{row.gbps:.1f}"),
     Column("%read", lambda row: percent(row.bandwidth_fraction)),
-    Column("GFLOP/s", lambda row: f"{row.gflops:.0f}"),
+    Column(FLOPS, lambda row: f"{row.gflops:.0f}"),
     Column("%dot", lambda row: percent(row.dot_fraction)),
     Column("%roof", lambda row: percent(row.roofline_fraction)),
 )
@@ -55,7 +57,7 @@ _QUIET = 0.1
 _LOAD = 0.5
 """Likewise of the load average over the number of processors: one busy processor out of two."""
 
-PACK_TITLES = ("N x K", "format", "ms", "p10-p90", "GB/s of 4-bit data", "resident / disk bytes")
+PACK_TITLES = ("N x K", "format", "ms", "p10-p90", "GB/s of codes", "resident / disk bytes")
 
 
 def sections(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
@@ -64,7 +66,7 @@ def sections(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
 
     def key(row: Row) -> tuple[int, int, Format]:
         twin = row.kernel == OURS_SYMMETRIC
-        return row.n, row.k, Format(row.group_size, row.symmetric and not twin, row.dtype)
+        return row.n, row.k, replace(row.format, symmetric=row.symmetric and not twin)
 
     return [(f"{n} x {k}, {form.name}", list(same)) for (n, k, form), same in groupby(rows, key)]
 
@@ -82,9 +84,16 @@ def pack_cells(row: PackRow) -> tuple[str, ...]:
 
 
 def columns_for(rows: list[Row]) -> tuple[Column, ...]:
-    """COLUMNS, and one for each peer that any of the rows is compared with."""
+    """COLUMNS, and one for each peer that any of the rows, of one format, is compared with."""
     names = dict.fromkeys(name for row in rows for name in row.speedups if name != OURS)
-    return (*COLUMNS, *(_speedup_column(name) for name in names))
+    unit = flops_unit(rows[0])
+    own = (replace(column, title=unit) if column.title == FLOPS else column for column in COLUMNS)
+    return (*own, *(_speedup_column(name) for name in names))
+
+
+def flops_unit(row: Row) -> str:
+    """What operations per second are called: integers are no floating-point numbers."""
+    return "GOP/s" if row.format.facts.integer_activations else FLOPS
 
 
 def _speedup_column(name: str) -> Column:

@@ -48,7 +48,7 @@ class Effort:
     rounds: tuple[int, int]
 
 
-FULL = Effort(sample_s=0.004, case_s=1.0, rounds=(5, 41))
+FULL = Effort(sample_s=0.004, case_s=0.75, rounds=(5, 31))
 QUICK = Effort(sample_s=0.003, case_s=0.6, rounds=(5, 25))
 
 

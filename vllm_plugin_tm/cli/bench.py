@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vllm_plugin_tm.bench import cases, machine, options, plot
+from vllm_plugin_tm.bench import cases, machine, options, plot, schemes
 from vllm_plugin_tm.bench import timing as effort
 from vllm_plugin_tm.kernels import ops
 
@@ -21,6 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `vllm-tm bench`."""
     add = parser.add_argument
     add("--shapes", type=options.shapes, metavar="NxK,...", help="output x input sizes")
+    add(
+        "--scheme",
+        type=options.schemes,
+        metavar="NAME,...",
+        help=f"of {', '.join(schemes.SCHEMES)}, or all (default: all in a run without shapes, "
+        f"batch and group sizes, {schemes.USUAL_SCHEME} in any other)",
+    )
     add("--m", type=options.batches, metavar="M,...", help="rows of activations")
     add(
         "--group-size",
@@ -29,10 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="group sizes, `channel` for one scale per output channel",
     )
     symmetry = parser.add_mutually_exclusive_group()
-    symmetry.add_argument("--asymmetric", action="store_true", help="with zero points")
     symmetry.add_argument(
-        "--both", action="store_true", help="symmetric weights, then those with zero points"
+        "--asymmetric",
+        action="store_true",
+        help="with zero points: of the weights, of the activations for w8a8",
     )
+    symmetry.add_argument("--both", action="store_true", help="symmetric, then with zero points")
     add("--dtype", type=options.dtypes, metavar="D,...", help="activations: bf16, f16, f32")
     add(
         "--kernels",
@@ -43,7 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--isa", metavar="NAME,...", help="instruction sets of our kernel, or all (default: best)")
     add("--threads", type=options.threads, help="default: every processor of this process")
-    add("--quick", action="store_true", help="three shapes, four batch sizes, under a minute")
+    add(
+        "--quick",
+        action="store_true",
+        help="three shapes, four batch sizes: under a minute for a scheme",
+    )
     add("--json", type=options.output_file, metavar="FILE", help="write all figures")
     add("--plot", type=options.plot_file, metavar="FILE", help="write a roofline picture")
 
@@ -114,14 +127,15 @@ def _isas(text: str | None) -> tuple[str, ...]:
 
 def _cases(args: argparse.Namespace) -> list[cases.Case]:
     symmetries = (True, False) if args.both else (not args.asymmetric,)
-    asked = (args.shapes, args.m, args.group_size, args.asymmetric, args.both)
+    asked = any((args.shapes, args.m, args.group_size, args.asymmetric, args.both))
+    every = tuple(schemes.SCHEMES)
+    chosen = args.scheme or ((schemes.USUAL_SCHEME,) if asked or args.quick else every)
     dtypes = args.dtype or ("bf16",)
-    if any(asked):
+    if asked or args.quick:
         return cases.chosen_cases(
-            args.shapes, args.m, args.group_size, symmetries, dtypes, args.quick
+            chosen, args.shapes, args.m, args.group_size, symmetries, dtypes, args.quick
         )
-    make = cases.quick_cases if args.quick else cases.default_cases
-    return [case for dtype in dtypes for case in make(dtype)]
+    return [case for dtype in dtypes for case in cases.default_cases(chosen, dtype)]
 
 
 @contextmanager

@@ -201,29 +201,45 @@ def _patches() -> list[Check]:
 
 
 def _matrix() -> list[Check]:
+    """What runs here of every scheme; weight types that fare alike share a line."""
+    checks = []
+    for row in support_matrix.MATRIX:
+        alike: dict[tuple[State, str], list[str]] = {}
+        for weight_type in row.weight_types:
+            cells: dict[tuple[State, str], list[str]] = {}
+            for act_dtype in row.act_dtypes:
+                cells.setdefault(_cell(row, weight_type, act_dtype), []).append(act_dtype)
+            text = "\n".join(f"{', '.join(dtypes)}: {cell[1]}" for cell, dtypes in cells.items())
+            state: State = "ok" if any(cell[0] == "ok" for cell in cells) else "info"
+            alike.setdefault((state, text), []).append(weight_type)
+        for (state, text), weight_types in alike.items():
+            checks.append(Check(f"{row.scheme} {' '.join(weight_types)}", state, text))
+    if envs.w4a16_int8_activations():
+        text = f"rounded to int8, which costs accuracy: {envs.INT8_ACTIVATIONS.name}=1"
+        checks.append(Check("w4a16 activations", "warn", text))
+    return checks
+
+
+def _cell(row: support_matrix.Row, weight_type: str, act_dtype: str) -> tuple[State, str]:
+    """Which group sizes run, or why none does."""
     from vllm_plugin_tm import machine
 
     here = machine.detect()
-    checks = []
-    for row in support_matrix.MATRIX:
-        for weight_type in row.weight_types:
-            for act_dtype in row.act_dtypes:
-                verdicts = {
-                    group: support_matrix.check(
-                        _sample(weight_type, act_dtype, group), here, envs.schemes(), row.scheme
-                    )
-                    for group in _SAMPLE_GROUPS
-                }
-                reasons = {v.reason for v in verdicts.values() if v.reason}
-                groups = ", ".join(
-                    "channel" if group == support_matrix.CHANNEL else str(group)
-                    for group, verdict in verdicts.items()
-                    if verdict.ok
-                )
-                detail = f"groups {groups}" if groups else f"upstream's: {'; '.join(reasons)}"
-                name = f"{row.scheme} {weight_type} {act_dtype}"
-                checks.append(Check(name, "ok" if groups else "info", detail))
-    return checks
+    verdicts = {
+        group: support_matrix.check(
+            _sample(weight_type, act_dtype, group), here, envs.schemes(), row.scheme
+        )
+        for group in _SAMPLE_GROUPS
+    }
+    groups = ", ".join(
+        "channel" if group == support_matrix.CHANNEL else str(group)
+        for group, verdict in verdicts.items()
+        if verdict.ok
+    )
+    if groups:
+        return "ok", f"groups {groups}"
+    reasons = dict.fromkeys(verdict.reason for verdict in verdicts.values() if verdict.reason)
+    return "info", f"upstream's: {'; '.join(reasons)}"
 
 
 def _sample(weight_type: str, act_dtype: str, group_size: int) -> support_matrix.Request:

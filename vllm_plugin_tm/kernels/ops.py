@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 NAMESPACE = "vllm_plugin_tm"
 EXTENSION = "_C.abi3.so"
 
-# Geometry of the kernel layout, as csrc/cpu/layout_u4g.h has it.
+# Geometry of the kernel layout, as csrc/cpu/layout.h has it.
 TILE_N = 16
-DWORD_K = 8
+DWORD_BITS = 32
 
 
 class ExtensionMissingError(RuntimeError):
@@ -108,20 +108,78 @@ def _check_devices(
 
 
 def _register_fakes() -> None:
+    for bits in (4, 8):
+        _register_grouped_pack(f"w{bits}a16_pack", bits)
+        _register_grouped_linear(f"w{bits}a16_linear")
+    _register_grouped_linear("w4a8_linear")
+    _register_w8a8()
+
+
+def _padded(n: int) -> int:
+    return (n + TILE_N - 1) // TILE_N * TILE_N
+
+
+def _register_grouped_pack(name: str, bits: int) -> None:
     import torch
 
-    @torch.library.register_fake(f"{NAMESPACE}::w4a16_linear")
-    def _(x, weight, scale, zero_point, bias, n, group_size):  # type: ignore[no-untyped-def]
+    per_dword = DWORD_BITS // bits
+
+    @torch.library.register_fake(f"{NAMESPACE}::{name}")
+    def _(weight_packed, scale, zero_point, k, bits=bits):  # type: ignore[no-untyped-def]
+        others = {"scale": scale, "zero_point": zero_point}
+        _check_devices(name, "weight_packed", weight_packed, others)
+        n, groups = _padded(weight_packed.shape[0]), scale.shape[1]
+        zero = (n // per_dword, groups) if zero_point is not None else (0,)
+        return (
+            weight_packed.new_empty((n, (k + per_dword - 1) // per_dword), dtype=torch.int32),
+            scale.new_empty((n, groups)),
+            weight_packed.new_empty(zero, dtype=torch.int32),
+        )
+
+
+def _register_grouped_linear(name: str) -> None:
+    import torch
+
+    @torch.library.register_fake(f"{NAMESPACE}::{name}")
+    def _(x, weight, scale, zero_point, bias, n, group_size, x_groups=False):  # type: ignore[no-untyped-def]
         others = {"weight": weight, "scale": scale, "zero_point": zero_point, "bias": bias}
-        _check_devices("w4a16_linear", "x", x, others)
+        _check_devices(name, "x", x, others)
         return x.new_empty((*x.shape[:-1], n))
 
-    @torch.library.register_fake(f"{NAMESPACE}::w4a16_pack")
-    def _(weight_packed, scale, zero_point, k):  # type: ignore[no-untyped-def]
-        others = {"scale": scale, "zero_point": zero_point}
-        _check_devices("w4a16_pack", "weight_packed", weight_packed, others)
-        n16 = (weight_packed.shape[0] + TILE_N - 1) // TILE_N * TILE_N
-        groups = scale.shape[1]
-        weight = weight_packed.new_empty((n16, (k + DWORD_K - 1) // DWORD_K))
-        zero = (n16 // DWORD_K, groups) if zero_point is not None else (0,)
-        return weight, scale.new_empty((n16, groups)), weight_packed.new_empty(zero)
+
+def _register_w8a8() -> None:
+    import torch
+
+    @torch.library.register_fake(f"{NAMESPACE}::w8a8_pack")
+    def _(weight, scale):  # type: ignore[no-untyped-def]
+        _check_devices("w8a8_pack", "weight", weight, {"scale": scale})
+        n, k = weight.shape
+        n = _padded(n)
+        return (
+            weight.new_empty((n, (k + 3) // 4), dtype=torch.int32),
+            scale.new_empty((n, 1)),
+            weight.new_empty((n,), dtype=torch.int32),
+        )
+
+    @torch.library.register_fake(f"{NAMESPACE}::w8a8_linear")
+    def _(  # type: ignore[no-untyped-def]
+        x,
+        weight,
+        scale,
+        weight_sum,
+        bias,
+        n,
+        x_scale=None,
+        x_zero_point=None,
+        x_symmetric=True,
+    ):
+        others = {
+            "weight": weight,
+            "scale": scale,
+            "weight_sum": weight_sum,
+            "bias": bias,
+            "x_scale": x_scale,
+            "x_zero_point": x_zero_point,
+        }
+        _check_devices("w8a8_linear", "x", x, others)
+        return x.new_empty((*x.shape[:-1], n))

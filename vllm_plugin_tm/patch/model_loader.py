@@ -81,6 +81,17 @@ class _Checked(DefaultModelLoader):
         load_check.refuse_missing(marked)
 
 
+class _Settled(DummyModelLoader):
+    """Random numbers in the place of weights are brought into the range that weights have."""
+
+    def load_weights(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().load_weights(model, *args, **kwargs)
+        for module in model.modules():
+            kernel = layer_table.tm_kernel_of(module)
+            if kernel is not None:
+                kernel.settle_dummy(module)
+
+
 def _tm_layers(model: torch.nn.Module) -> list[load_check.Layer]:
     """The layers that our kernels take, as the checks want to know them."""
     fused = getattr(model, "packed_modules_mapping", None) or {}
@@ -89,18 +100,15 @@ def _tm_layers(model: torch.nn.Module) -> list[load_check.Layer]:
         kernel = layer_table.tm_kernel_of(module)
         if kernel is None:
             continue
-        tensors = [kernel.w_q_name, kernel.w_s_name]
-        if kernel.config.zero_points and kernel.w_zp_name is not None:
-            tensors.append(kernel.w_zp_name)
         parent, _, leaf = name.rpartition(".")
         parts = fused.get(leaf, ())
         sizes = getattr(module, "output_partition_sizes", ())
-        sources: tuple[tuple[str, int], ...] = ((name, kernel.config.partition_weight_shape[1]),)
+        sources: tuple[tuple[str, int], ...] = ((name, kernel.output_size(module)),)
         # A checkpoint may hold the layer in one piece, whatever the model could fuse it from.
         if len(parts) == len(sizes):
             names = [f"{parent}.{part}" if parent else part for part in parts]
             sources = tuple(zip(names, sizes, strict=True)) or sources
-        layers.append(load_check.Layer(name, module, tuple(tensors), sources))
+        layers.append(load_check.Layer(name, module, kernel.disk_tensors(module), sources))
     return layers
 
 
@@ -124,7 +132,7 @@ def _subclass(base: type[BaseModelLoader], *mixins: type[Any]) -> type[BaseModel
 # upstream's class -> ours
 _REPLACEMENTS: dict[type[BaseModelLoader], type[BaseModelLoader]] = {
     DefaultModelLoader: _subclass(DefaultModelLoader, _LayerTable, _Checked),
-    DummyModelLoader: _subclass(DummyModelLoader, _LayerTable),
+    DummyModelLoader: _subclass(DummyModelLoader, _LayerTable, _Settled),
 }
 
 

@@ -42,7 +42,7 @@ PATCHES: tuple[Patch, ...] = (
         target=f"{_LINEAR}:_POSSIBLE_KERNELS",
         kind="registry",
         why="upstream's register_linear_kernel appends, and the first kernel that can, wins",
-        how="TMW4A16LinearKernel at index 0 of the CPU list, in place",
+        how=("TMWNA16LinearKernel and TMW4A8IntLinearKernel at the head of the CPU list, in place"),
         expects={
             f"{_LINEAR}:_POSSIBLE_KERNELS": "dict",
             f"{_LINEAR}:choose_mp_linear_kernel": "(config, compute_capability=None)",
@@ -59,6 +59,27 @@ PATCHES: tuple[Patch, ...] = (
             ),
             f"{_LINEAR}:MPLinearKernel.process_weights_after_loading": "(self, layer)",
             f"{_LINEAR}:MPLinearKernel.apply_weights": "(self, layer, x, bias=None)",
+        },
+        tested=COMPAT_VLLM,
+        delete_when="register_linear_kernel can put a kernel before the in-tree ones",
+    ),
+    Patch(
+        name="scaled_mm",
+        target=f"{_LINEAR}:_POSSIBLE_INT8_KERNELS",
+        kind="registry",
+        why="as above; the last kernel of upstream's list takes every int8 layer",
+        how="TMInt8ScaledMMLinearKernel at the head of the CPU list, in place",
+        expects={
+            f"{_LINEAR}:_POSSIBLE_INT8_KERNELS": "dict",
+            f"{_LINEAR}:init_int8_linear_kernel": (
+                "(is_channelwise, is_static_input_scheme, input_symmetric, module_name)"
+            ),
+            f"{_LINEAR}:Int8ScaledMMLinearLayerConfig": (
+                "(is_static_input_scheme, is_channelwise, input_symmetric)"
+            ),
+            f"{_LINEAR}:Int8ScaledMMLinearKernel.__init__": "(self, c, layer_param_names)",
+            f"{_LINEAR}:Int8ScaledMMLinearKernel.process_weights_after_loading": "(self, layer)",
+            f"{_LINEAR}:Int8ScaledMMLinearKernel.apply_weights": "(self, layer, x, bias=None)",
         },
         tested=COMPAT_VLLM,
         delete_when="register_linear_kernel can put a kernel before the in-tree ones",
@@ -97,7 +118,19 @@ PATCHES: tuple[Patch, ...] = (
     ),
 )
 
+_SCHEMES = "vllm.model_executor.layers.quantization.compressed_tensors.schemes"
+
 CONTRACTS: Mapping[str, str] = {
+    # What a checkpoint asks of activations: read from these schemes' attributes of the same names.
+    f"{_SCHEMES}.compressed_tensors_wNa8:CompressedTensorsWNA8Int": (
+        "(num_bits, strategy, group_size=None, symmetric=True, input_quant=None, layer_name=None,"
+        " quant_format='pack-quantized')"
+        " | (num_bits, strategy, group_size=None, input_quant=None, layer_name=None,"
+        " quant_format='pack-quantized')"
+    ),
+    f"{_SCHEMES}.compressed_tensors_w4a8_int:CompressedTensorsW4A8Int": (
+        "(strategy, num_bits, group_size=None, is_static_input_scheme=False, input_symmetric=True)"
+    ),
     "vllm.envs:environment_variables": "dict",
     "vllm.plugins:load_general_plugins": "()",
     "vllm.model_executor.utils:replace_parameter": (

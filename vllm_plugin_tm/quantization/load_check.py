@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from vllm.model_executor.parameter import BasevLLMParameter
 
-# Words that no real tensor holds throughout a row. The integer one has far-apart codes side by
-# side, unlike zero points, which gather around 8. The floating ones are NaNs with a payload: a
-# NaN of the checkpoint's own is told apart, and none can be mistaken for a scale.
+# Words that no real tensor holds throughout a row. That of packed codes has far-apart codes side by
+# side, unlike zero points, which gather around the middle. That of bytes is no 4-bit weight, and
+# 8-bit weights that are all alike would lie at the end of their range. The floating ones are NaNs
+# with a payload: a NaN of the checkpoint's own is told apart, and none can be mistaken for a scale.
 _MARKS: dict[torch.dtype, tuple[torch.dtype, int]] = {
     torch.int32: (torch.int32, 0x0F1E2D3C),
+    torch.int8: (torch.int8, -77),
     torch.bfloat16: (torch.int16, 0x7FE5),
     torch.float16: (torch.int16, 0x7F5A),
     torch.float32: (torch.int32, 0x7FE5A5A5),
 }
-
-
-_SCALES = ("weight_scale", "scales")
 _SHOWN = 8  # missing tensors that an error lists
 
 
@@ -57,8 +57,9 @@ class Marked:
 def mark(layers: Iterable[Layer]) -> list[Marked]:
     """Marks the memory of the layers' parameters.
 
-    Left alone are parameters without memory (meta device), of other dtypes, and those that do not
-    declare an output_dim: they are in kernel order and are loaded by other ways.
+    Left alone are parameters without memory (meta device), of other dtypes, and those in kernel
+    order, which declare no output_dim and are loaded by other ways. A byte that stands alone has
+    no value to spare for a mark: such a parameter is given 32-bit integers to be loaded into.
     """
     marked = []
     for layer in layers:
@@ -66,8 +67,10 @@ def mark(layers: Iterable[Layer]) -> list[Marked]:
             param = getattr(layer.module, name, None)
             if param is None or param.is_meta or param.dtype not in _MARKS:
                 continue
-            if getattr(param, "output_dim", None) not in (0, 1):
+            if not _has_rows(param) and not isinstance(param, BasevLLMParameter):
                 continue
+            if param.dtype == torch.int8 and not _has_rows(param):
+                param.data = param.data.to(torch.int32)
             _words(param).fill_(_MARKS[param.dtype][1])
             marked.append(Marked(layer, name, param))
     return marked
@@ -88,16 +91,17 @@ def refuse_missing(marked: Iterable[Marked]) -> None:
 def refuse_unfit(name: str, tensor: torch.Tensor, layers: Mapping[str, Layer]) -> None:
     """Raises CheckpointError for a checkpoint tensor that upstream would take in silence, wrongly.
 
-    `layers` maps the checkpoint's module names to the layers they go into. Refused are packed
-    codes that are no int32 (they would be cast) and a bias for a layer without one (it would be
+    `layers` maps the checkpoint's module names to the layers they go into. Refused are tensors
+    that would be cast to another kind of number, and a bias for a layer without one (it would be
     dropped; some exporters write biases of zeros, which are let through).
     """
     source, _, leaf = name.rpartition(".")
     layer = layers.get(source)
     if layer is None:
         return
-    if leaf in layer.tensors and leaf not in _SCALES and tensor.dtype != torch.int32:
-        raise CheckpointError(f"{name}: expected dtype torch.int32, found {tensor.dtype}")
+    param = getattr(layer.module, leaf, None) if leaf in layer.tensors else None
+    if param is not None and not _fits(param, tensor):
+        raise CheckpointError(f"{name}: expected {_kind(param)}, found {tensor.dtype}")
     if leaf == "bias" and getattr(layer.module, "bias", None) is None and bool(tensor.any()):
         raise CheckpointError(
             f"{name}: surplus in the checkpoint, layer {layer.name} of this model has no bias"
@@ -134,6 +138,24 @@ def refuse_damaged(files: Iterable[str]) -> None:
             )
 
 
+def _has_rows(param: torch.Tensor) -> bool:
+    """Whether the parameter has output rows; else it is one value for each source, or for all."""
+    return getattr(param, "output_dim", None) in (0, 1)
+
+
+def _fits(param: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """Scales come in any floating dtype, single integers in any integer one, codes in their own."""
+    if param.is_floating_point() or not _has_rows(param):
+        return param.is_floating_point() == tensor.is_floating_point()
+    return param.dtype == tensor.dtype
+
+
+def _kind(param: torch.Tensor) -> str:
+    if param.is_floating_point():
+        return "a floating dtype"
+    return f"dtype {param.dtype}" if _has_rows(param) else "an integer dtype"
+
+
 def _words(param: torch.Tensor) -> torch.Tensor:
     """The parameter's memory as integers of its width: a mark is bits, not a number."""
     return param.data.view(_MARKS[param.dtype][0])
@@ -141,13 +163,20 @@ def _words(param: torch.Tensor) -> torch.Tensor:
 
 def _missing_sources(entry: Marked) -> list[str]:
     """The layer's sources of which at least one output row still is the mark throughout."""
-    output_dim: int = entry.param.output_dim  # type: ignore[attr-defined]
     same = _words(entry.param) == _MARKS[entry.param.dtype][1]
+    sources = entry.layer.sources
+    if not _has_rows(entry.param):
+        untouched = same.flatten().tolist()
+        if len(untouched) == len(sources):
+            return [name for (name, _), missing in zip(sources, untouched, strict=True) if missing]
+        # One value for all of a fused layer: each part may bring it.
+        return [sources[0][0]] if any(untouched) else []
+    output_dim: int = entry.param.output_dim  # type: ignore[attr-defined]
     untouched = same.all(dim=1 - output_dim).tolist()
-    total = sum(rows for _, rows in entry.layer.sources)
+    total = sum(rows for _, rows in sources)
     missing = []
     start = 0
-    for source, rows in entry.layer.sources:
+    for source, rows in sources:
         stop = start + rows
         # Tensors that are packed along the output have fewer rows, in the same proportion.
         if any(untouched[start * len(untouched) // total : -(-stop * len(untouched) // total)]):

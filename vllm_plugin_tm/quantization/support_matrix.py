@@ -2,10 +2,16 @@
 """What the kernels support: the only place that says yes or no, and why. Data and arithmetic only;
 importable without torch and vLLM, so that the README's table is made from it."""
 
+import math
 from dataclasses import dataclass
+
+from vllm_plugin_tm.envs import ISAS, SCHEMES
 
 CHANNEL = -1
 """The group size that means one scale per output channel."""
+
+WORD_BITS = 32
+"""Bits of the words that packed checkpoints are made of."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +26,35 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class WeightType:
+    """How a checkpoint holds weights: `bits` of a code, whether zero points stand beside them, and
+    whether codes share 32-bit words (else each has a byte of its own)."""
+
+    bits: int
+    zero_points: bool
+    packed: bool
+
+
+def _weight_types() -> dict[str, WeightType]:
+    types = {f"int{bits}": WeightType(bits, False, False) for bits in (4, 8)}
+    for bits in range(2, 9):
+        # Code 2**(bits - 1) is zero in the biased type; the other has zero points beside it.
+        types[f"uint{bits}b{1 << (bits - 1)}"] = WeightType(bits, False, True)
+        types[f"uint{bits}"] = WeightType(bits, True, True)
+    return types
+
+
+WEIGHT_TYPES = _weight_types()
+"""vLLM's scalar type names, and what they say of a checkpoint."""
+
+
+@dataclass(frozen=True)
 class Request:
     """One linear layer as the loader would hand it over.
 
-    `weight_type` is vLLM's scalar type name ("uint4b8": symmetric, code = q + 8; "uint4":
-    asymmetric), `act_dtype` torch's dtype name. `k` and `n` are the input and output size of this
-    shard, `full_k` the input size before it was split. `group_size` is along K, CHANNEL for one.
+    `weight_type` is a name of WEIGHT_TYPES, `act_dtype` torch's dtype name. `k` and `n` are the
+    input and output size of this shard, `full_k` and `full_n` those before it was split (`full_n`
+    None: not split). `group_size` is along K, CHANNEL for one.
     """
 
     weight_type: str
@@ -35,6 +64,7 @@ class Request:
     k: int
     n: int
     full_k: int
+    full_n: int | None = None
     act_order: bool = False
 
 
@@ -48,36 +78,96 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the matrix: a scheme on a device, and everything it takes."""
+    """One line of the matrix: a scheme on a device, and everything it takes.
+
+    `group_multiple` is what group sizes are multiples of; None: no groups, one scale per channel.
+    `rounding` says what happens to activations, empty where they are kept. `amx_types` are the
+    weight types for which upstream has an AMX kernel, and so keeps its layers.
+    """
 
     scheme: str
     formats: tuple[str, ...]
     weight_types: tuple[str, ...]
-    group_multiple: int
+    group_multiple: int | None
     act_dtypes: tuple[str, ...]
+    rounding: str
     device: str
     isas: tuple[str, ...]
+    amx_types: tuple[str, ...] = ()
 
+
+def _packed(*bits: int) -> tuple[str, ...]:
+    """The packed weight types of these widths, in the order of the widths."""
+    return tuple(
+        name for b in bits for name, kind in WEIGHT_TYPES.items() if kind.packed and kind.bits == b
+    )
+
+
+_FLOATS = ("bfloat16", "float16", "float32")
+_PACKED = "compressed-tensors pack-quantized"
+_PACKED_A8 = "compressed-tensors pack-quantized with int8 activations"
 
 MATRIX: tuple[Row, ...] = (
     Row(
         scheme="w4a16",
-        formats=("compressed-tensors pack-quantized", "AWQ", "GPTQ without activation order"),
-        weight_types=("uint4b8", "uint4"),
-        group_multiple=8,  # a packed 32-bit word holds 8 codes and must lie in one group
-        act_dtypes=("bfloat16", "float16", "float32"),
+        formats=(_PACKED, "4 bits also: AWQ, GPTQ without activation order, Quark"),
+        weight_types=_packed(4, 3, 2),
+        group_multiple=8,  # a word of the kernel layout holds 8 weights and lies in one group
+        act_dtypes=_FLOATS,
+        rounding="",
         device="cpu",
-        isas=("avx512bf16", "avx512", "avx2"),
+        isas=ISAS,
+        amx_types=_packed(4),
+    ),
+    Row(
+        scheme="w8a16",
+        formats=(_PACKED, "8 bits also: GPTQ without activation order"),
+        weight_types=_packed(8, 7, 6, 5),
+        group_multiple=4,  # as above, of 4 weights
+        act_dtypes=_FLOATS,
+        rounding="",
+        device="cpu",
+        isas=ISAS,
+    ),
+    Row(
+        scheme="w4a8",
+        formats=("compressed-tensors int-quantized", _PACKED_A8),
+        weight_types=("int4", *_packed(4, 3, 2)),
+        group_multiple=8,
+        act_dtypes=_FLOATS,
+        rounding="int8, symmetric, per token or per token and group",
+        device="cpu",
+        isas=ISAS,
+        amx_types=_packed(4),
+    ),
+    Row(
+        scheme="w8a8",
+        formats=("compressed-tensors int-quantized", "Quark", f"8 bits symmetric: {_PACKED_A8}"),
+        weight_types=("int8", "uint8b128"),
+        group_multiple=None,
+        act_dtypes=_FLOATS,
+        rounding="int8, with or without zero point, per token or static per tensor",
+        device="cpu",
+        isas=ISAS,
+        amx_types=("int8",),
     ),
 )
 
-# Code 8 is zero in "uint4b8"; "uint4" carries its zero points beside it.
-_NEEDS_ZERO_POINTS = {"uint4b8": False, "uint4": True}
+# What a layer counts as when only its weights are known: upstream's configuration of a packed layer
+# does not say whether activations are to be quantized.
+_SCHEME_OF = {"int4": "w4a8", "int8": "w8a8"} | {
+    name: row.scheme for row in MATRIX if row.scheme.endswith("a16") for name in row.weight_types
+}
+
+
+def scheme_of(weight_type: str) -> str | None:
+    """The scheme that a layer with these weights is taken as; None for weights of no scheme."""
+    return _SCHEME_OF.get(weight_type)
 
 
 def needs_zero_points(weight_type: str) -> bool:
     """Whether the type's codes are read with zero points beside them (KeyError: unknown type)."""
-    return _NEEDS_ZERO_POINTS[weight_type]
+    return WEIGHT_TYPES[weight_type].zero_points
 
 
 def normalize_group_size(group_size: int | str | None, k: int) -> int:
@@ -87,37 +177,75 @@ def normalize_group_size(group_size: int | str | None, k: int) -> int:
     return int(group_size)
 
 
+def whole_words(bits: int) -> int:
+    """Of what number of `bits`-bit codes a multiple fills whole 32-bit words."""
+    return WORD_BITS // math.gcd(WORD_BITS, bits)
+
+
 def check(
-    request: Request, machine: Machine, schemes: tuple[str, ...] = ("w4a16",), scheme: str = "w4a16"
+    request: Request,
+    machine: Machine,
+    schemes: tuple[str, ...] = SCHEMES,
+    scheme: str | None = None,
 ) -> Verdict:
-    """Whether `scheme`'s kernel runs this layer on this machine.
+    """Whether `scheme`'s kernel runs this layer on this machine; None: the one of scheme_of().
 
     `schemes` are those that the user lets us take (envs.schemes()). The first rule that does not
     hold gives the reason.
     """
-    row = next(
-        (row for row in MATRIX if (row.scheme, row.device) == (scheme, machine.device)), None
-    )
-    if row is None:
-        known = sorted({row.device for row in MATRIX if row.scheme == scheme})
-        return Verdict(False, f"no {scheme} kernel for device {machine.device}, only for {known}")
-    if scheme not in schemes:
-        return Verdict(False, f"{scheme} is not among the schemes to take {schemes}")
-    for problem in (_machine_problem(row, machine), _format_problem(row, request), _shape(request)):
+    scheme = scheme or scheme_of(request.weight_type)
+    if scheme is None:
+        return Verdict(
+            False,
+            f"weight type ({request.weight_type}) not supported, supported are {tuple(_SCHEME_OF)}",
+        )
+    verdict = check_machine(scheme, request.weight_type, machine, schemes)
+    if not verdict.ok:
+        return verdict
+    row = _row(scheme, machine.device)
+    assert row is not None
+    for problem in (_format_problem(row, request), _shape(request)):
         if problem:
             return Verdict(False, problem)
     return Verdict(True)
 
 
-def _machine_problem(row: Row, machine: Machine) -> str | None:
+def check_machine(
+    scheme: str, weight_type: str, machine: Machine, schemes: tuple[str, ...] = SCHEMES
+) -> Verdict:
+    """The rules of `check` that do not look at the layer beyond its type of weights."""
+    row = _row(scheme, machine.device)
+    if row is None:
+        known = sorted({row.device for row in MATRIX if row.scheme == scheme})
+        return Verdict(False, f"no {scheme} kernel for device {machine.device}, only for {known}")
+    if scheme not in schemes:
+        return Verdict(False, f"{scheme} is not among the schemes to take {schemes}")
     if machine.isa not in row.isas:
-        return f"instruction set ({machine.isa}) not supported, supported are {row.isas}"
-    if machine.amx and not machine.isa_forced:
-        return (
+        reason = f"instruction set ({machine.isa}) not supported, supported are {row.isas}"
+        return Verdict(False, reason)
+    if machine.amx and not machine.isa_forced and weight_type in row.amx_types:
+        return Verdict(
+            False,
             "this processor has AMX, for which upstream has its own kernel; "
-            f"VLLM_PLUGIN_TM_ISA set to one of {row.isas} takes the layer anyway"
+            f"VLLM_PLUGIN_TM_ISA set to one of {row.isas} takes the layer anyway",
         )
-    return None
+    return Verdict(True)
+
+
+def split_problem(bits: int, part: int, what: str) -> str | None:
+    """Why packed `bits`-bit codes cannot be cut after `part` of them: the loader moves whole words,
+    so a part that ends inside one would get its neighbour's codes. None where it can be."""
+    whole = whole_words(bits)
+    if part % whole == 0:
+        return None
+    return (
+        f"{what} ({part}) must be a multiple of {whole}: the loader splits packed {bits}-bit codes "
+        f"at whole {WORD_BITS}-bit words"
+    )
+
+
+def _row(scheme: str, device: str) -> Row | None:
+    return next((row for row in MATRIX if (row.scheme, row.device) == (scheme, device)), None)
 
 
 def _format_problem(row: Row, request: Request) -> str | None:
@@ -125,10 +253,10 @@ def _format_problem(row: Row, request: Request) -> str | None:
         return (
             f"weight type ({request.weight_type}) not supported, supported are {row.weight_types}"
         )
-    if request.zero_points != _NEEDS_ZERO_POINTS[request.weight_type]:
+    if request.zero_points != needs_zero_points(request.weight_type):
         return (
             f"weight type ({request.weight_type}) with zero points ({request.zero_points}) not "
-            f"supported, supported are {_NEEDS_ZERO_POINTS}"
+            f"supported, it goes with zero points ({not request.zero_points})"
         )
     if request.act_dtype not in row.act_dtypes:
         return (
@@ -137,7 +265,11 @@ def _format_problem(row: Row, request: Request) -> str | None:
     if request.act_order:
         return "activation order (g_idx) not supported, only groups of neighbours are"
     group_size = normalize_group_size(request.group_size, request.k)
-    if group_size != CHANNEL and (group_size < 1 or group_size % row.group_multiple):
+    if group_size == CHANNEL:
+        return None
+    if row.group_multiple is None:
+        return f"group size ({request.group_size}) not supported, supported is {CHANNEL} (channel)"
+    if group_size < 1 or group_size % row.group_multiple:
         return (
             f"group size ({request.group_size}) not supported, supported are multiples of "
             f"{row.group_multiple} and {CHANNEL} (channel)"
@@ -151,19 +283,22 @@ def _shape(request: Request) -> str | None:
     group_size = normalize_group_size(request.group_size, request.k)
     if group_size != CHANNEL and request.k % group_size:
         return f"input size ({request.k}) must be a multiple of the group size ({group_size})"
-    # The loader splits whole 32-bit words: a shard that ends inside one would get its
-    # neighbour's weights.
-    if request.k != request.full_k and request.k % 8:
-        return (
-            f"input size ({request.k}) of a shard of {request.full_k} must be a multiple of 8, "
-            "the number of 4-bit codes in a packed word"
+    kind = WEIGHT_TYPES[request.weight_type]
+    if kind.packed and request.k != request.full_k:
+        problem = split_problem(
+            kind.bits, request.k, f"the input size of a shard of {request.full_k}"
+        )
+        if problem:
+            return problem
+    if kind.zero_points and request.full_n not in (None, request.n):
+        return split_problem(
+            kind.bits, request.n, f"the output size of a shard of {request.full_n}"
         )
     return None
 
 
 def markdown() -> str:
     """The matrix as a Markdown table, for the README."""
-    symmetry = {"uint4b8": "symmetric", "uint4": "asymmetric"}
     lines = [
         "| scheme | formats | weights | group size | activations | device | instruction sets |",
         "|---|---|---|---|---|---|---|",
@@ -171,12 +306,24 @@ def markdown() -> str:
     for row in MATRIX:
         cells = (
             row.scheme.upper(),
-            ", ".join(row.formats),
-            "4-bit " + " and ".join(symmetry[name] for name in row.weight_types),
-            f"any multiple of {row.group_multiple} that divides the input size; channel",
-            ", ".join(row.act_dtypes),
+            "; ".join(row.formats),
+            _weights(row),
+            "channel; one scale for a tensor"
+            if row.group_multiple is None
+            else f"any multiple of {row.group_multiple} that divides the input size; channel",
+            ", ".join(row.act_dtypes) + (f"; rounded to {row.rounding}" if row.rounding else ""),
             row.device.upper(),
             ", ".join(row.isas),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _weights(row: Row) -> str:
+    """As "2, 3 and 4 bits, symmetric and asymmetric"."""
+    kinds = [WEIGHT_TYPES[name] for name in row.weight_types]
+    widths = sorted({kind.bits for kind in kinds})
+    text = ", ".join(str(bits) for bits in widths[:-1])
+    text = f"{text} and {widths[-1]} bits" if text else f"{widths[-1]} bits"
+    symmetry = " and asymmetric" if any(kind.zero_points for kind in kinds) else ""
+    return f"{text}, symmetric{symmetry}"

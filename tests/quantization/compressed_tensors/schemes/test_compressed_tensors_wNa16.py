@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TMW4A16LinearKernel: every parameter order it may meet, against the oracle; every refusal."""
+"""TMWNA16LinearKernel: every parameter order it may meet, against the oracle; every refusal."""
 
 import gc
 import weakref
 
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
 from vllm_plugin_tm.kernels import ops, reference
 
 pytest.importorskip("vllm")
+from scheme_cases import PREFIX, disk, pack_dense, parameter
 from vllm.model_executor.kernels.linear import MPLinearLayerConfig
 from vllm.scalar_type import scalar_types
 
 from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_wNa16 import (
-    TMW4A16LinearKernel,
+    TMWNA16LinearKernel,
 )
 
 pytestmark = pytest.mark.skipif(not ops.is_available(), reason="the extension is not built")
@@ -24,11 +24,14 @@ N, K, GROUP = 48, 128, 32
 NAMES = ("weight_packed", "weight_scale", "weight_zero_point")
 
 
-def config(n=N, k=K, group=GROUP, asymmetric=False, dtype=torch.bfloat16, full_k=None, **fields):
+def config(
+    n=N, k=K, group=GROUP, asymmetric=False, dtype=torch.bfloat16, full_k=None, bits=4, **fields
+):
+    biased = f"uint{bits}b{1 << (bits - 1)}"
     values = {
         "full_weight_shape": (full_k or k, n),
         "partition_weight_shape": (k, n),
-        "weight_type": scalar_types.uint4 if asymmetric else scalar_types.uint4b8,
+        "weight_type": getattr(scalar_types, f"uint{bits}" if asymmetric else biased),
         "act_type": dtype,
         "group_size": group,
         "zero_points": asymmetric,
@@ -36,28 +39,17 @@ def config(n=N, k=K, group=GROUP, asymmetric=False, dtype=torch.bfloat16, full_k
     return MPLinearLayerConfig(**(values | fields))
 
 
-def parameter(data, **attributes):
-    param = torch.nn.Parameter(data, requires_grad=False)
-    for name, value in attributes.items():
-        setattr(param, name, value)
-    return param
-
-
-def disk_tensors(n, k, group, asymmetric, dtype, seed=0):
+def disk_tensors(n, k, group, asymmetric, dtype, seed=0, bits=4):
     """Codes, scales and zero points of a checkpoint in compressed-tensors order."""
-    generator = torch.Generator().manual_seed(seed)
-    groups = 1 if group == -1 else k // group
-    codes = torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=generator)
-    scale = (torch.randn(n, groups, generator=generator) * 0.1).to(dtype)
-    zeros = torch.randint(-8, 8, (n, groups), dtype=torch.int8, generator=generator)
-    packed_zeros = pack_to_int32(zeros, 4, packed_dim=0).contiguous() if asymmetric else None
-    return pack_to_int32(codes, 4), scale, packed_zeros
+    data = disk(n, k, group, bits, asymmetric, dtype, seed)
+    zeros = pack_dense(data.zeros.t(), bits).t().contiguous() if asymmetric else None
+    return pack_dense(data.codes, bits), data.scale, zeros
 
 
 def layer_in_order(order, codes, scale, zeros):
     """A layer whose parameters say that they are in `order`, as upstream's loaders leave them."""
     layer = torch.nn.Module()
-    layer.prefix = "model.layers.3.mlp.down_proj"
+    layer.prefix = PREFIX
     if order == "compressed-tensors":
         layer.weight_packed = parameter(codes.clone(), input_dim=1, output_dim=0, packed_dim=1)
         layer.weight_scale = parameter(scale.clone(), input_dim=1, output_dim=0)
@@ -78,22 +70,45 @@ def layer_in_order(order, codes, scale, zeros):
 
 
 def prepared(
-    order="compressed-tensors", n=N, k=K, group=GROUP, asymmetric=False, dtype=None, seed=0
+    order="compressed-tensors", n=N, k=K, group=GROUP, asymmetric=False, dtype=None, seed=0, bits=4
 ):
     dtype = dtype or torch.bfloat16
-    tensors = disk_tensors(n, k, group, asymmetric, dtype, seed)
+    tensors = disk_tensors(n, k, group, asymmetric, dtype, seed, bits)
     layer = layer_in_order(order, *tensors)
-    kernel = TMW4A16LinearKernel(config(n, k, group, asymmetric, dtype), *NAMES)
+    kernel = TMWNA16LinearKernel(config(n, k, group, asymmetric, dtype, bits=bits), *NAMES)
     return kernel, layer, tensors
 
 
-def assert_right(kernel, layer, tensors, x, bias=None):
+def assert_right(kernel, layer, tensors, x, bias=None, bits=4):
     y = kernel.apply_weights(layer, x, bias)
-    want = reference.w4a16_linear(x, *tensors, bias)
-    allowed = reference.w4a16_tolerance(x, *tensors, bias)
+    want = reference.w4a16_linear(x, *tensors, bias, bits)
+    allowed = reference.w4a16_tolerance(x, *tensors, bias, bits)
     assert y.dtype == x.dtype
     assert y.shape == want.shape
     assert bool(((y.double() - want).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("group", [32, 64, 128, -1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_width_gives_the_right_product(bits, asymmetric, group, dtype):
+    kernel, layer, tensors = prepared(group=group, asymmetric=asymmetric, dtype=dtype, bits=bits)
+    kernel.process_weights_after_loading(layer)
+    assert kernel.note == ""
+    assert kernel.group_size == (-1 if group == K else group)
+    generator = torch.Generator().manual_seed(9)
+    x = torch.randn(5, K, generator=generator).to(dtype)
+    bias = torch.randn(N, generator=generator).to(dtype)
+    assert_right(kernel, layer, tensors, x, bias, bits)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(2, 8), (3, 24), (5, 4), (6, 12), (7, 20), (8, 4)])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_groups_need_not_end_with_a_word_of_the_checkpoint(bits, group, asymmetric):
+    kernel, layer, tensors = prepared(k=group * 7, group=group, asymmetric=asymmetric, bits=bits)
+    kernel.process_weights_after_loading(layer)
+    assert_right(kernel, layer, tensors, torch.randn(3, group * 7).to(torch.bfloat16), bits=bits)
 
 
 @pytest.mark.parametrize("order", ["compressed-tensors", "GPTQ", "AWQ"])
@@ -109,17 +124,25 @@ def test_every_order_gives_the_right_product(order, asymmetric, group, dtype):
     assert_right(kernel, layer, tensors, x[:, :0])
 
 
-@pytest.mark.parametrize(("n", "k"), [(37, 100), (1, 8), (16, 20), (129, 64)])
+@pytest.mark.parametrize(("n", "k"), [(37, 101), (1, 8), (16, 20), (129, 64)])
 @pytest.mark.parametrize("asymmetric", [False, True])
-def test_ragged_channel_shapes(n, k, asymmetric):
-    kernel, layer, tensors = prepared(n=n, k=k, group=-1, asymmetric=asymmetric)
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+def test_ragged_channel_shapes(n, k, asymmetric, bits):
+    kernel, layer, tensors = prepared(n=n, k=k, group=-1, asymmetric=asymmetric, bits=bits)
     kernel.process_weights_after_loading(layer)
-    assert_right(kernel, layer, tensors, torch.randn(5, k).to(torch.bfloat16))
+    assert_right(kernel, layer, tensors, torch.randn(5, k).to(torch.bfloat16), bits=bits)
+
+
+@pytest.mark.parametrize("group", [32, -1])
+def test_gptq_order_of_eight_bits(group):
+    kernel, layer, tensors = prepared("GPTQ", group=group, bits=8)
+    kernel.process_weights_after_loading(layer)
+    assert_right(kernel, layer, tensors, torch.randn(5, K).to(torch.bfloat16), bits=8)
 
 
 def test_group_that_spans_the_shard_is_channel():
     _, layer, tensors = prepared(group=-1)
-    kernel = TMW4A16LinearKernel(config(group=K), *NAMES)
+    kernel = TMWNA16LinearKernel(config(group=K), *NAMES)
     kernel.process_weights_after_loading(layer)
     assert_right(kernel, layer, tensors, torch.randn(2, K).to(torch.bfloat16))
 
@@ -129,7 +152,7 @@ def test_rows_that_pad_the_output_to_whole_words_are_dropped():
     n, padded = 45, 48
     tensors = disk_tensors(padded, K, GROUP, True, torch.bfloat16)
     layer = layer_in_order("AWQ", *tensors)
-    kernel = TMW4A16LinearKernel(config(n=n, asymmetric=True), *NAMES)
+    kernel = TMWNA16LinearKernel(config(n=n, asymmetric=True), *NAMES)
     kernel.process_weights_after_loading(layer)
     x = torch.randn(4, K).to(torch.bfloat16)
     codes, scale, zeros = tensors
@@ -250,7 +273,7 @@ def test_a_refused_layer_never_reaches_an_op(monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "word"),
     [
-        ({"weight_type": scalar_types.uint8b128}, "uint8b128"),
+        ({"weight_type": scalar_types.float8_e4m3fn}, "float8_e4m3fn"),
         ({"weight_type": scalar_types.int4}, "int4"),
         ({"dtype": torch.int8}, "int8"),
         ({"group": 20}, "20"),
@@ -258,18 +281,18 @@ def test_a_refused_layer_never_reaches_an_op(monkeypatch):
     ],
 )
 def test_other_formats_are_refused_with_a_reason(fields, word):
-    ok, reason = TMW4A16LinearKernel.can_implement(config(**fields))
+    ok, reason = TMWNA16LinearKernel.can_implement(config(**fields))
     assert not ok
     assert word in reason
     with pytest.raises(ValueError, match=word):
-        TMW4A16LinearKernel(config(**fields), *NAMES)
+        TMWNA16LinearKernel(config(**fields), *NAMES)
 
 
 def test_schemes_that_the_user_keeps_from_us_are_refused(monkeypatch):
     from vllm_plugin_tm import envs
 
     monkeypatch.setattr(envs, "schemes", tuple)
-    ok, reason = TMW4A16LinearKernel.can_implement(config())
+    ok, reason = TMWNA16LinearKernel.can_implement(config())
     assert not ok
     assert "w4a16" in reason
 
@@ -278,6 +301,6 @@ def test_older_vllm_with_activation_order_is_refused():
     class Older(MPLinearLayerConfig):
         has_g_idx = True
 
-    ok, reason = TMW4A16LinearKernel.can_implement(Older(**vars(config())))
+    ok, reason = TMWNA16LinearKernel.can_implement(Older(**vars(config())))
     assert not ok
     assert "g_idx" in reason

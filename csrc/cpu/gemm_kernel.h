@@ -1,24 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
-// The grouped 4-bit kernel, once for every instruction set: `I` names the instructions.
+// The kernel, once for every instruction set, width and kind of activations: `I` names the instructions.
 //
 // A line of weights is decoded in registers and used at once by all rows of a register tile; nothing is
 // ever written back. One row is bound by memory. For many rows the weights of a block come from the
 // second-level cache once per row tile, and decoding them again costs no more than storing them: it runs on
-// the shuffle and shift units while the dot units, the bound, are busy (gemm_u4g.h states the arithmetic).
+// the shuffle and shift units while the dot units, the bound, are busy (gemm.h states the arithmetic).
 // A dot's result is needed by the same accumulator's next dot: at two dots a cycle, each 6 cycles late
 // (Zen 5), a register tile needs 16 accumulators, and dots on one of them lie as far apart as possible.
 //
-// `I` provides  Vec, Raw           accumulator; a register of packed or decoded weights
+// `I` provides  Vec, Acc, Raw      fp32 totals; accumulators; a register of packed or decoded weights
 //               kLanes             channels in a Vec
-//               kDots, kPlanes     dots per dword of 8 weights; units of x per dot
+//               kDots, kPlanes     dots per dword of weights; units of x per dot
 //               Few, Many          register tiles {kTiles, kRows} for x by rows, x by tiles
-//               load, decode<j>, broadcast, dot, zero, set1, add, fma, fnma,
-//               scale_vec, zero_vec, bias_vec, store_y, convert_row, sum_units
+//               kManyFrom          rows from which on the latter costs less than it gains
+//               load, decode<j>, broadcast, dot, add, mul, set1, zero, bias_vec, store_y
+//               start, end         a group's accumulators before the dots, and into the totals after them
+//               prepare_row
 // Everything here has internal linkage, as all that it includes: code of one instruction set must never
 // be merged by the linker with that of another.
 #pragma once
 
-#include "gemm_u4g_isa.h"
+#include "gemm_isa.h"
 #include "interleave.h"
 
 namespace turbo::cpu {
@@ -29,8 +31,9 @@ namespace {
 constexpr int64_t kPrefetchBytes = 8192;
 
 template <class I>
-struct KernelU4g {
+struct Kernel {
   using Vec = typename I::Vec;
+  using Acc = typename I::Acc;
   using Raw = typename I::Raw;
   static constexpr int kTileVecs = kTileN / I::kLanes;
   static constexpr int64_t kUnits = I::kDots * I::kPlanes;  // units of x per dword of weights
@@ -43,31 +46,32 @@ struct KernelU4g {
     int64_t weight_step, scale_step, zero_step;  // elements (scale: bytes) per dword, per group
   };
 
-  static Stream stream(const GemmU4g& a, int64_t tile) {
-    const LayoutU4g& l = a.layout;
-    const int64_t lanes = l.block_tiles(tile) * kTileN;
-    const int64_t size = dtype_size(a.dtype), per_zero = kTileN / kZeroDwords;
-    const int64_t group_offset = l.lane_offset(tile, 0, l.groups);
-    return {a.weight + l.lane_offset(tile, 0, l.k8()),
-            static_cast<const char*>(a.scale) + group_offset * size,
-            a.zero ? a.zero + group_offset / per_zero : nullptr,
-            lanes,
-            lanes * size,
-            lanes / per_zero};
+  static Stream stream(const Gemm& a, int64_t tile) {
+    const Layout& l = a.layout;
+    const int64_t tiles = l.block_tiles(tile), size = dtype_size(a.scale_dtype);
+    const int64_t group_lanes = l.lane_offset(tile, 0, l.groups);
+    const int64_t zero_dwords = I::zero_dwords(l);
+    return {a.weight + l.lane_offset(tile, 0, l.dwords()),
+            static_cast<const char*>(a.scale) + group_lanes * size,
+            a.zero ? a.zero + group_lanes / kTileN * zero_dwords : nullptr,
+            tiles * kTileN,
+            tiles * kTileN * size,
+            tiles * zero_dwords};
   }
 
   static const Unit* row_units(const PreparedX& x, int64_t row) {
     return reinterpret_cast<const Unit*>(x.units + row * x.row_bytes);
   }
 
-  static void finish(const GemmU4g& a, int64_t row, int64_t channel, Vec total) {
+  static void finish(const Gemm& a, const PreparedX& x, int64_t row, int64_t channel, Vec total) {
     const int64_t size = dtype_size(a.dtype);
     const int64_t left = a.layout.n - channel;
     if (left <= 0) return;
     const int count = static_cast<int>(left < I::kLanes ? left : I::kLanes);
+    if (x.scales) total = I::mul(total, I::set1(x.scales[row]));
     if (a.bias)
-      total = I::add(total, I::bias_vec(static_cast<const char*>(a.bias) + channel * size, count));
-    I::store_y(static_cast<char*>(a.y) + (row * a.layout.n + channel) * size, total, count);
+      total = I::add(total, I::bias_vec(a.dtype, static_cast<const char*>(a.bias) + channel * size, count));
+    I::store_y(a.dtype, static_cast<char*>(a.y) + (row * a.layout.n + channel) * size, total, count);
   }
 
   /// Where a register tile finds its units of x; `next` moves on by one dword of weights.
@@ -92,7 +96,7 @@ struct KernelU4g {
 
   /// All dots of one dword of weights of V vectors with R rows, k ascending.
   template <int J, int V, int R, class X>
-  static inline __attribute__((always_inline)) void dots(Vec (&acc)[V][R], const Raw (&raw)[V],
+  static inline __attribute__((always_inline)) void dots(Acc (&acc)[V][R], const Raw (&raw)[V],
                                                          const X& x) {
     Raw weights[V];
 #pragma GCC unroll 8
@@ -110,9 +114,10 @@ struct KernelU4g {
 
   /// One register tile: R rows from `row`, T tiles from `tile`, all of K.
   template <template <int> class X, int T, int R>
-  static void register_tile(const GemmU4g& a, const PreparedX& px, int64_t tile, int64_t row) {
+  static void register_tile(const Gemm& a, const PreparedX& px, int64_t tile, int64_t row) {
     constexpr int V = T * kTileVecs;
-    const LayoutU4g& l = a.layout;
+    const Layout& l = a.layout;
+    const int64_t steps = l.group_dwords();
     Stream s = stream(a, tile);
     X<R> x(px, row);
     Vec total[V][R];
@@ -122,13 +127,9 @@ struct KernelU4g {
       for (int r = 0; r < R; ++r) total[v][r] = I::zero();
 
     for (int64_t g = 0; g < l.groups; ++g) {
-      Vec acc[V][R];
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v)
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) acc[v][r] = I::zero();
-
-      for (int64_t i = 0; i < l.group_k8(); ++i, x.next(), s.weight += s.weight_step) {
+      Acc acc[V][R];
+      I::start(acc, px, row * l.groups + g, l.groups, s.zero);
+      for (int64_t i = 0; i < steps; ++i, x.next(), s.weight += s.weight_step) {
         Raw raw[V];
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) raw[v] = I::load(s.weight + v * I::kLanes);
@@ -137,36 +138,20 @@ struct KernelU4g {
           __builtin_prefetch(s.weight + t * kTileN + kPrefetchBytes / 4);
         dots<0>(acc, raw, x);
       }
-
-      if (s.zero) {
-        const float* sums = px.sums + row * l.groups + g;
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) {
-          const Vec zero = I::zero_vec(s.zero, v);
-#pragma GCC unroll 8
-          for (int r = 0; r < R; ++r)
-            acc[v][r] = I::fnma(zero, I::set1(sums[r * l.groups]), acc[v][r]);
-        }
-        s.zero += s.zero_step;
-      }
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) {
-        const Vec scale = I::scale_vec(s.scale, v);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) total[v][r] = I::fma(acc[v][r], scale, total[v][r]);
-      }
+      I::end(total, acc, px, row * l.groups + g, l.groups, s.zero, s.scale);
       s.scale += s.scale_step;
+      if (s.zero) s.zero += s.zero_step;
     }
     // Unrolled: an index that is not a constant would keep all totals in memory, in the loop above too.
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v)
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
-        finish(a, row + r, tile * kTileN + v * I::kLanes, total[v][r]);
+        finish(a, px, row + r, tile * kTileN + v * I::kLanes, total[v][r]);
   }
 
   template <template <int> class X, int T, int R>
-  static void with_rows(int64_t rows, const GemmU4g& a, const PreparedX& x, int64_t tile, int64_t row) {
+  static void with_rows(int64_t rows, const Gemm& a, const PreparedX& x, int64_t tile, int64_t row) {
     if constexpr (R > 1) {
       if (rows < R) return with_rows<X, T, R - 1>(rows, a, x, tile, row);
     }
@@ -174,7 +159,7 @@ struct KernelU4g {
   }
 
   template <template <int> class X, int T, int R>
-  static void with_tiles(int64_t tiles, int64_t rows, const GemmU4g& a, const PreparedX& x,
+  static void with_tiles(int64_t tiles, int64_t rows, const Gemm& a, const PreparedX& x,
                          int64_t tile, int64_t row) {
     if constexpr (T > 1) {
       if (tiles < T) return with_tiles<X, T - 1, R>(tiles, rows, a, x, tile, row);
@@ -184,7 +169,7 @@ struct KernelU4g {
 
   /// Channel tiles outside, so that a register tile's weights stay near for all its row tiles.
   template <template <int> class X, class Shape>
-  static void run_shape(const GemmU4g& a, const PreparedX& x, const Share& share) {
+  static void run_shape(const Gemm& a, const PreparedX& x, const Share& share) {
     for (int64_t tile = share.tiles.begin; tile < share.tiles.end;) {
       const int64_t block_end = (tile / kBlockTiles + 1) * kBlockTiles;
       int64_t tiles = (block_end < share.tiles.end ? block_end : share.tiles.end) - tile;
@@ -197,26 +182,20 @@ struct KernelU4g {
     }
   }
 
-  static void run(const GemmU4g& a, const PreparedX& x, const Share& share) {
+  static void run(const Gemm& a, const PreparedX& x, const Share& share) {
     if (x.tiled)
       run_shape<Tiled, typename I::Many>(a, x, share);
     else
       run_shape<Rows, typename I::Few>(a, x, share);
   }
 
-  static void convert(const GemmU4g& a, int64_t row, uint32_t* units) {
-    I::convert_row(static_cast<const char*>(a.x) + row * a.x_stride * dtype_size(a.dtype), a.layout.k,
-                   units, a.layout.k8() * kUnits);
-  }
-
-  static void sum(const GemmU4g& a, const Unit* units, float* sums) {
-    const int64_t count = a.layout.group_k8() * kUnits;
-    for (int64_t g = 0; g < a.layout.groups; ++g) sums[g] = I::sum_units(units + g * count, count);
+  static void prepare(const Gemm& a, int64_t row, const RowOut& out) {
+    I::prepare_row(a, static_cast<const char*>(a.x) + row * a.x_stride * dtype_size(a.dtype), out);
   }
 
   static_assert(I::Many::kRows <= kInterleaveRows);
-  static constexpr GemmU4gIsa kTable{kUnits,  I::Few::kRows, I::Many::kRows, I::kReadsInPlace,
-                                     convert, interleave,    sum,            run};
+  static constexpr GemmIsa kTable{kUnits,           I::Few::kRows, I::Many::kRows, I::kManyFrom,
+                                  I::kReadsInPlace, prepare,       interleave,     run};
 };
 
 }  // namespace

@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// AVX-512 with BF16: 4-bit weights become exact bf16 integers, two per lane, for vdpbf16ps.
+// AVX-512 with BF16, activations kept: weights become exact bf16 integers, two per lane, for vdpbf16ps.
 //
-// Per 64 bytes of weights (128 weights, 16 channels): 1 load, 3 shifts, 4 table permutes and, for each
+// Per 64 bytes of 4-bit weights (128 weights, 16 channels): 1 load, 3 shifts, 4 table permutes and, for each
 // row, 4 dots; a broadcast of activations serves 4 tiles (2 for many rows). One row is bound by memory (12
 // vector operations on a line that takes 7 to 14 cycles to arrive); from 3 to 8 rows on the dot units are
 // the limit (one dot a cycle on Zen 4, two on Zen 5).
-#include "avx512_io.h"
-#include "gemm_u4g_kernel.h"
+//
+// Per 64 bytes of 8-bit weights (64 weights): 1 load, 9 shifts, 4 conversions, 2 joins and, for each row, 2 dots.
+#include "avx512.h"
+#include "gemm_kernel.h"
+#include "groups.h"
+#include "prepare_kept.h"
 
 namespace turbo::cpu {
 namespace {
@@ -21,12 +25,8 @@ inline __m512i signed_nibbles_bf16() {
   return _mm512_broadcast_i64x4(once);
 }
 
-template <DType D>
-struct Avx512Bf16 : Avx512Io<D> {
-  using Base = Avx512Io<D>;
-  using Vec = __m512;
-  using Raw = __m512i;
-  static constexpr int kDots = 4;
+template <class I, DType D>
+struct Bf16Dot : KeptGroups<I, Avx512> {
   // fp16 has 11 significant bits, bf16 has 8: x = hi + lo exactly, one unit for each.
   static constexpr int kPlanes = D == DType::f16 ? 2 : 1;
   static constexpr bool kReadsInPlace = D == DType::bf16;
@@ -36,19 +36,18 @@ struct Avx512Bf16 : Avx512Io<D> {
   using Few = RegisterTile<4, 4>;
   using Many = RegisterTile<2, 8>;
 
-  static Raw load(const uint32_t* p) { return _mm512_loadu_si512(p); }
-
-  template <int J>
-  static Raw decode(Raw raw) {
-    return _mm512_permutexvar_epi16(J ? _mm512_srli_epi16(raw, 4 * J) : raw, signed_nibbles_bf16());
-  }
-
-  static Raw broadcast(const Unit* unit) { return _mm512_set1_epi32(static_cast<int>(*unit)); }
-
   /// Not the intrinsic: with it the compiler would broadcast again, from memory, for every dot, and
   /// two loads a cycle would be the bound.
-  static void dot(Vec& acc, Raw weights, Raw unit) {
+  static void dot(Vec16& acc, __m512i weights, __m512i unit) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(unit));
+  }
+
+  static Vec16 scale_vec(const char* scale, int v) {
+    return Avx512::load_d<D>(scale + v * 16 * dtype_size(D), 16);
+  }
+
+  static void prepare_row(const Gemm& a, const char* x, const RowOut& out) {
+    prepare_kept<I>(a, x, out, I::kDots * kPlanes);
   }
 
   static void convert_row(const char* x, int64_t k, uint32_t* units, int64_t count) {
@@ -61,7 +60,8 @@ struct Avx512Bf16 : Avx512Io<D> {
           _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
       for (int64_t i = 0; i < count; i += 16) {
         const int64_t left = k - i;
-        const Vec v = Base::load_d(x + i * 2, static_cast<int>(left < 0 ? 0 : left < 16 ? left : 16));
+        const Vec16 v =
+            Avx512::load_d<D>(x + i * 2, static_cast<int>(left < 0 ? 0 : left < 16 ? left : 16));
         const __m256i hi = to_bf16(v);
         // infinity - infinity would be NaN: nothing is left of what is not finite.
         const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(v), _mm512_set1_ps(1e38f), _CMP_LT_OQ);
@@ -76,7 +76,7 @@ struct Avx512Bf16 : Avx512Io<D> {
 
   static float sum_units(const Unit* units, int64_t count) {
     const __m512i ones = _mm512_set1_epi32(0x3F803F80);
-    Vec acc = Base::zero();
+    Vec16 acc = _mm512_setzero_ps();
     for (int64_t i = 0; i < count; i += 16) {
       const int64_t left = count - i;
       const __mmask16 m = first_lanes(left < 16 ? static_cast<int>(left) : 16);
@@ -87,11 +87,43 @@ struct Avx512Bf16 : Avx512Io<D> {
   }
 };
 
+template <DType D>
+struct Kept4 : Bf16Dot<Kept4<D>, D> {
+  static constexpr int kDots = 4;
+
+  template <int J>
+  static __m512i decode(__m512i raw) {
+    return _mm512_permutexvar_epi16(J ? _mm512_srli_epi16(raw, 4 * J) : raw, signed_nibbles_bf16());
+  }
+  static Vec16 zero_vec(const uint32_t* zero, int v) {
+    return _mm512_permutexvar_ps(Avx512::zero_nibbles(zero, v), signed_nibbles_f32());
+  }
+};
+
+template <DType D>
+struct Kept8 : Bf16Dot<Kept8<D>, D> {
+  static constexpr int kDots = 2;
+  static constexpr int64_t kManyFrom = 5;  // decoding is the bound for few rows
+
+  /// Bytes 2J and 2J + 1 as bf16: the fp32 of an 8-bit integer has nothing in its lower half.
+  template <int J>
+  static __m512i decode(__m512i raw) {
+    const __m512i even = _mm512_srai_epi32(_mm512_slli_epi32(raw, J ? 8 : 24), 24);
+    const __m512i odd = _mm512_srai_epi32(J ? raw : _mm512_slli_epi32(raw, 16), 24);
+    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(even)), 16);
+    return _mm512_or_si512(low, _mm512_castps_si512(_mm512_cvtepi32_ps(odd)));
+  }
+  static Vec16 zero_vec(const uint32_t* zero, int v) {
+    return _mm512_cvtepi32_ps(Avx512::zero_bytes(zero, v));
+  }
+};
+
 }  // namespace
 
-const GemmU4gIsa& gemm_u4g_avx512bf16(DType dtype) {
-  return dtype == DType::bf16 ? KernelU4g<Avx512Bf16<DType::bf16>>::kTable
-                              : KernelU4g<Avx512Bf16<DType::f16>>::kTable;
+const GemmIsa& gemm_avx512bf16(const Gemm& a) {
+  if (a.layout.bits == 4)
+    return a.dtype == DType::bf16 ? Kernel<Kept4<DType::bf16>>::kTable : Kernel<Kept4<DType::f16>>::kTable;
+  return a.dtype == DType::bf16 ? Kernel<Kept8<DType::bf16>>::kTable : Kernel<Kept8<DType::f16>>::kTable;
 }
 
 }  // namespace turbo::cpu

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// y = x @ dequantized(weight).T + bias, with x as it is or rounded to 8-bit integers first.
+#pragma once
+
+#include "isa.h"
+#include "layout.h"
+#include "parallel.h"
+
+namespace turbo::cpu {
+
+/// What becomes of the activations before the product.
+enum class Activations : int {
+  kept,     ///< their dtype's bits
+  dynamic,  ///< int8, scale and zero point from each row (compressed-tensors' per-token quantization)
+  fixed,    ///< int8, one scale and zero point given
+  grouped,  ///< int8, scale from each group of each row, symmetric
+};
+
+/// One call. x [rows, k] with unit inner stride; weight, scale, zero as layout.h says; bias [n];
+/// y [rows, n] contiguous. x, bias and y share `dtype`; scale has `scale_dtype`. zero and bias may be
+/// nullptr.
+///
+/// Activations kept (scale_dtype == dtype). Per output element, in this order whatever rows, tile or number
+/// of threads:
+///   for each group g ascending:  a = sum over pairs of k ascending of x[k] * q[n][k]  (fp32)
+///                                a = a - z[n][g] * (sum of x over the group)       (asymmetric only)
+///                                t = t + a * scale[n][g]                           (one rounding)
+///   y = round(t + bias)
+/// so a row's result is the same bits in every batch. Within a pair the order is the instruction's own, and
+/// differs between instruction sets. Products of bf16 are exact; fp16 is split into two bf16 without loss;
+/// fp32 runs on fp32 multiply-adds. Asymmetric weights see an infinite x as NaN: the sum over the group
+/// meets it too.
+///
+/// Activations as integers. With c = the code of x[k], zx its zero point, sx its scale (all per row, sx per row
+/// and group when grouped):
+///   for each group g ascending:  a = sum of (c - zx) * (q - z)      (exact, int32)
+///                                t = t + float(a) [* sx] * scale[n][g]
+///   y = round(t * sx + bias)
+/// 8-bit weights have one group and, as `zero`, the sums of each channel's weights, int32 [padded n]; 4-bit
+/// weights take symmetric activations only (zx = 0). The same bits on every instruction set but for the order
+/// of the last roundings, which all share.
+struct Gemm {
+  Layout layout;
+  DType dtype;
+  DType scale_dtype;
+  int64_t rows;
+  const void* x;
+  int64_t x_stride;
+  const uint32_t* weight;
+  const void* scale;
+  const uint32_t* zero;
+  const void* bias;
+  void* y;
+  Activations activations = Activations::kept;
+  bool symmetric = true;     // dynamic: no zero point
+  float x_scale = 0;         // fixed
+  int32_t x_zero_point = 0;  // fixed
+};
+
+/// Runs on `isa`, which the processor must support. Re-entrant. Scratch memory is that of the calling
+/// thread, kept for its next call: the prepared x of at most kRowChunk rows.
+void gemm(const Gemm& args, Isa isa, const Parallel& parallel);
+
+/// Rows handled at a time: their x stays in cache while the weights stream by.
+inline constexpr int64_t kRowChunk = 256;
+
+}  // namespace turbo::cpu

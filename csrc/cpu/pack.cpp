@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one packer of quantized weights.
+#include "pack.h"
+
+#include <sys/mman.h>
+
+#include <cstring>
+
+namespace turbo::cpu {
+namespace {
+
+constexpr uint32_t kSignedNibbles = 0x88888888u;  // code ^ 8 is code - 8 in two's complement
+constexpr uint32_t kSignedBytes = 0x80808080u;
+constexpr int64_t kStrip = 16;  // dwords of a row handled together: 64 bytes, one cache line
+
+/// Gathers the even nibbles of d into 16 bits (nibbles 0,2,4,6 -> 0,1,2,3).
+inline uint32_t even_nibbles(uint32_t d) {
+  d &= 0x0F0F0F0Fu;
+  d = (d | d >> 4) & 0x00FF00FFu;
+  return (d | d >> 8) & 0x0000FFFFu;
+}
+
+/// Eight nibbles of ascending k in the order of a dword.
+inline uint32_t kernel_order(uint32_t d) { return even_nibbles(d) | even_nibbles(d >> 4) << 16; }
+
+/// `bits` bits from bit `bit` on of a stream of dwords `stride` apart.
+inline uint32_t bits_at(const uint32_t* stream, int64_t stride, int64_t bit, int64_t bits) {
+  const uint32_t* at = stream + bit / 32 * stride;
+  const int64_t shift = bit % 32;
+  uint64_t two = *at;
+  if (shift + bits > 32) two |= static_cast<uint64_t>(at[stride]) << 32;
+  return static_cast<uint32_t>(two >> shift) & ((1u << bits) - 1);
+}
+
+/// Dword i of channel n: its weights q in two's complement, ascending k from the lowest bits; those beyond k 0.
+template <int Bits>
+uint32_t read_dword(const Pack& a, int64_t n, int64_t i) {
+  constexpr int64_t kWeights = 32 / Bits;
+  const int64_t left = a.layout.k - i * kWeights;
+  const uint32_t mask = left >= kWeights ? ~0u : (1u << (Bits * left)) - 1;
+  if (a.packed && a.code_bits == Bits)
+    return (a.packed[n * a.codes_stride + i] ^ (Bits == 4 ? kSignedNibbles : kSignedBytes)) & mask;
+  const int64_t count = left < kWeights ? left : kWeights;
+  if (a.bytes && Bits == 8) {
+    uint32_t dword = 0;
+    std::memcpy(&dword, a.bytes + n * a.codes_stride + i * kWeights, count);
+    return dword;
+  }
+  uint32_t dword = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    const int64_t k = i * kWeights + j;
+    const int q = a.bytes ? a.bytes[n * a.codes_stride + k]
+                          : static_cast<int>(bits_at(a.packed + n * a.codes_stride, 1, k * a.code_bits, a.code_bits)) -
+                                (1 << (a.code_bits - 1));
+    dword |= (static_cast<uint32_t>(q) & ((1u << (Bits - 1)) * 2 - 1)) << (Bits * j);
+  }
+  return dword;
+}
+
+inline int32_t sum_bytes(uint32_t dword) {
+  int32_t sum = 0;
+  for (int j = 0; j < 4; ++j) sum += static_cast<int8_t>(dword >> (8 * j));
+  return sum;
+}
+
+template <int Bits>
+void pack_weights(const Pack& a, int64_t tile) {
+  const Layout& l = a.layout;
+  const int64_t step = l.block_tiles(tile) * kTileN;
+  uint32_t* out = a.weight_out + l.lane_offset(tile, 0, l.dwords());
+  const int64_t n0 = tile * kTileN;
+  const int64_t rows = l.n - n0 < kTileN ? l.n - n0 : kTileN;
+  uint32_t strip[kTileN][kStrip];
+  int32_t sums[kTileN] = {};
+  for (int64_t i0 = 0; i0 < l.dwords(); i0 += kStrip) {
+    const int64_t count = l.dwords() - i0 < kStrip ? l.dwords() - i0 : kStrip;
+    std::memset(strip, 0, sizeof strip);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < count; ++i) {
+        const uint32_t dword = read_dword<Bits>(a, n0 + r, i0 + i);
+        strip[r][i] = Bits == 4 ? kernel_order(dword) : dword;
+        if (Bits == 8 && a.sums_out) sums[r] += sum_bytes(dword);
+      }
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t r = 0; r < kTileN; ++r) out[(i0 + i) * step + r] = strip[r][i];
+  }
+  if (a.sums_out) std::memcpy(a.sums_out + n0, sums, sizeof sums);
+}
+
+void pack_scales(const Pack& a, int64_t tile) {
+  const Layout& l = a.layout;
+  const int64_t step = l.block_tiles(tile) * kTileN;
+  char* out = static_cast<char*>(a.scale_out) + l.lane_offset(tile, 0, l.groups) * a.scale_size;
+  const char* in = static_cast<const char*>(a.scale);
+  for (int64_t r = 0; r < kTileN; ++r) {
+    const int64_t n = tile * kTileN + r;
+    for (int64_t g = 0; g < l.groups; ++g) {
+      char* to = out + (g * step + r) * a.scale_size;
+      if (n < l.n)
+        std::memcpy(to, in + (n * a.scale_stride + g) * a.scale_size, a.scale_size);
+      else
+        std::memset(to, 0, a.scale_size);
+    }
+  }
+}
+
+/// Zero points less the offset of their code, in the order that layout.h names.
+void pack_zeros(const Pack& a, int64_t tile) {
+  const Layout& l = a.layout;
+  const int64_t dwords = l.zero_dwords(), step = l.block_tiles(tile) * dwords;
+  uint32_t* out = a.zero_out + l.lane_offset(tile, 0, l.groups) / kTileN * dwords;
+  for (int64_t g = 0; g < l.groups; ++g) {
+    uint32_t zeros[4] = {};
+    for (int64_t r = 0; r < kTileN; ++r) {
+      const int64_t n = tile * kTileN + r;
+      if (n >= l.n) break;
+      const int z = static_cast<int>(bits_at(a.zero_point + g, a.zero_point_stride, n * a.code_bits, a.code_bits)) -
+                    (1 << (a.code_bits - 1));
+      if (l.bits == 4)
+        zeros[r % 2] |= (static_cast<uint32_t>(z) & 15u) << (4 * (r / 2));
+      else
+        zeros[r / 4] |= (static_cast<uint32_t>(z) & 255u) << (8 * (r % 4));
+    }
+    std::memcpy(out + g * step, zeros, dwords * sizeof(uint32_t));
+  }
+}
+
+/// Asks for huge pages before the first write: a weight stream then misses the TLB once per 2 MiB. Only
+/// a hint: where the system refuses, nothing changes.
+void advise_huge_pages(void* data, int64_t bytes) {
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
+}  // namespace
+
+void pack(const Pack& args, const Parallel& parallel) {
+  const Layout& l = args.layout;
+  const int64_t tiles = l.tiles();
+  advise_huge_pages(args.weight_out, l.padded_n() * l.dwords() * 4);
+  // The same cut as the kernel's, so that on several NUMA nodes a thread first touches what it reads.
+  const int64_t tasks = tiles < parallel.threads ? tiles : parallel.threads;
+  parallel(tasks, [&](int64_t task) {
+    const Range range = part(tiles, tasks, task);
+    for (int64_t tile = range.begin; tile < range.end; ++tile) {
+      if (l.bits == 4)
+        pack_weights<4>(args, tile);
+      else
+        pack_weights<8>(args, tile);
+      pack_scales(args, tile);
+      if (args.zero_point) pack_zeros(args, tile);
+    }
+  });
+}
+
+}  // namespace turbo::cpu

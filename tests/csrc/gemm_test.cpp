@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+// The products, the packer and the bench's loops between guard pages, against a plain double reference, on
+// every instruction set that this processor has. Built with sanitizers by test_csrc.py.
+//
+// Usage: gemm_test [threads]   "threads" runs only what concerns several threads.
+#include "gemm_problem.h"
+#include "machine_limits.h"
+
+namespace {
+
+using namespace test;
+
+int failures = 0;
+int64_t checks = 0;
+
+void fail(const std::string& what) {
+  std::printf("FAILED %s\n", what.c_str());
+  if (++failures > 20) std::exit(1);
+}
+
+/// Calls run(isa) for every instruction set of this processor.
+template <class Run>
+void on_every_isa(const Run& run) {
+  for (int i = 1; i < kIsas; ++i)
+    if (isa_supported(static_cast<Isa>(i))) run(static_cast<Isa>(i));
+}
+
+void check_result(const Problem& problem, Isa isa, const char* y) {
+  const Layout& l = problem.layout;
+  const int64_t rows = problem.c.rows;
+  // Large results are sampled: the plain reference is slow. Borders are always looked at.
+  const int64_t step = rows * l.n * l.k > 300'000 ? 7 : 1;
+  for (int64_t m = 0; m < rows; ++m) {
+    if (m % step && m != rows - 1) continue;
+    for (int64_t n = 0; n < l.n; ++n) {
+      if (n % step && n != l.n - 1) continue;
+      const auto [want, allowed] = problem.expected(m, n);
+      const double got = load(y + (m * l.n + n) * problem.size(), problem.c.dtype);
+      ++checks;
+      if (std::fabs(got - want) <= allowed) continue;
+      char text[120];
+      std::snprintf(text, sizeof text, ": y[%" PRId64 "][%" PRId64 "] = %g, expected %g +- %g", m, n,
+                    got, want, allowed);
+      return fail(problem.c.name(isa) + text);
+    }
+  }
+}
+
+void run_case(const Case& c) {
+  Problem problem(c);
+  if (!problem.pack_stayed_inside()) fail("pack writes outside: " + c.name(Isa::none));
+  on_every_isa([&](Isa isa) {
+    Guarded<char> y(c.rows * c.n * problem.size(), c.edge);
+    std::memset(y.data(), 0xFF, y.size());  // NaN in every dtype
+    problem.run(isa, y.data());
+    if (!y.canary_intact()) fail("writes outside of y: " + c.name(isa));
+    check_result(problem, isa, y.data());
+  });
+}
+
+/// K and groups: one dword, odd groups, groups beyond any unrolling, channels without whole dwords.
+using Widths = std::vector<std::array<int64_t, 2>>;
+const Widths& widths_of(const Mode& mode) {
+  static const Widths four = {{8, 1}, {24, 3}, {72, 3}, {64, 2}, {272, 2}, {384, 1}, {1, 1}, {20, 1}, {100, 1}, {333, 1}};
+  static const Widths eight = {{4, 1}, {12, 3}, {60, 3}, {64, 2}, {200, 2}, {384, 1}, {1, 1}, {7, 1}, {102, 1}, {333, 1}};
+  static const Widths channel = {{4, 1}, {12, 1}, {1, 1}, {2, 1}, {3, 1}, {17, 1}, {64, 1}, {102, 1}, {333, 1}, {1024, 1}};
+  return mode.bytes() ? channel : mode.bits == 4 ? four : eight;
+}
+
+/// The width of the codes on disk: the kernel's own, narrower ones, 0 for bytes.
+int64_t code_bits(const Mode& mode, int turn) {
+  if (mode.bytes()) return 0;
+  static constexpr int64_t kFour[] = {4, 3, 0, 4, 2}, kEight[] = {8, 5, 0, 7, 6};
+  return mode.bits == 4 ? kFour[turn % 5] : kEight[turn % 5];
+}
+
+void test_shapes() {
+  const std::array<int64_t, 13> rows = {1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 64, 129, 513};
+  const std::array<int64_t, 8> channels = {1, 7, 15, 16, 17, 48, 65, 129};
+  // Every mode with every (rows, K); the other axes turn with strides that have no common factor.
+  int turn = 0;
+  for (const Mode& mode : kModes) {
+    const Widths& widths = widths_of(mode);
+    for (size_t r = 0; r < rows.size(); ++r)
+      for (size_t i = 0; i < widths.size(); ++i, ++turn) {
+        const auto [k, groups] = widths[i];
+        const DType dtype = static_cast<DType>((turn + r) % 3);
+        const int64_t bits = code_bits(mode, turn);
+        run_case({mode,
+                  rows[r],
+                  channels[(r + 3 * i + turn / 7) % channels.size()],
+                  k,
+                  groups,
+                  bits,
+                  dtype,
+                  mode.kept() ? dtype : mode.bytes() ? DType::f32 : static_cast<DType>(turn / 3 % 3),
+                  bits != 0 && turn % 2 == 0,
+                  turn % 3 == 0,
+                  turn % 5 < 2 ? Edge::begin : Edge::end,
+                  turn % 7 == 0 ? 5 : turn % 7 == 1 ? 2 : 1,
+                  turn % 4 == 3 ? 3 : 0});
+      }
+  }
+}
+
+/// The same bits from one thread, from several, and from callers that run at the same time.
+void test_threads() {
+  for (const Mode& mode : kModes)
+    for (int type = 0; type < 3; ++type)
+      for (const int64_t rows : {1, 4, 40}) {
+        const DType dtype = static_cast<DType>(type);
+        Case c{mode, rows, 100, 256, mode.bytes() ? 1 : 4, mode.bytes() ? 0 : mode.bits, dtype,
+               mode.bytes() ? DType::f32 : dtype, !mode.bytes(), true, Edge::end, 1, 0};
+        Problem alone(c);
+        c.threads = 5;
+        Problem shared(c);
+        const int64_t bytes = rows * c.n * alone.size();
+        on_every_isa([&](Isa isa) {
+          std::vector<char> want(bytes), first(bytes), second(bytes);
+          alone.run(isa, want.data());
+          std::thread other([&] { shared.run(isa, first.data()); });
+          shared.run(isa, second.data());
+          other.join();
+          checks += 2;
+          if (want != first || want != second) fail("not the same on several threads: " + c.name(isa));
+        });
+      }
+}
+
+void test_machine_limits() {
+  for (const int64_t bytes : {0, 1, 7, 8, 63, 64, 65, 511, 512, 513, 4096, 5000}) {
+    for (const Edge edge : {Edge::begin, Edge::end}) {
+      Guarded<unsigned char> buffer(bytes, edge);
+      uint64_t want = 0;
+      for (int64_t i = 0; i < bytes; ++i) {
+        buffer[i] = static_cast<unsigned char>(i * 37 + 11);
+        want += static_cast<uint64_t>(buffer[i]) << (8 * (i % 8));
+      }
+      ++checks;
+      if (read_lines(buffer.data(), bytes) != want)
+        fail("read_lines of " + std::to_string(bytes) + " bytes");
+    }
+  }
+  for (const DotKind kind : {DotKind::bf16, DotKind::int8, DotKind::fma32}) {
+    ++checks;
+    if (dot_loop(kind, 200) != 2 * dot_loop(kind, 100)) fail("dot_loop does not scale");
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (best_isa() == Isa::none) {
+    std::printf("skipped: this processor has no AVX2 with FMA and F16C\n");
+    return 0;
+  }
+  const bool threads_only = argc > 1 && std::string(argv[1]) == "threads";
+  test_threads();
+  if (!threads_only) {
+    test_shapes();
+    test_machine_limits();
+  }
+  std::printf("%" PRId64 " checks, %d failures, up to %s\n", checks, failures,
+              isa_name(best_isa()));
+  return failures ? 1 : 0;
+}
