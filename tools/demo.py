@@ -31,6 +31,10 @@ SERVE_ARGUMENTS = ("--max-model-len", "1024")
 # loaded again by vLLM 0.32 on a CPU ("no attribute 'finalize_loading'"): every start would compile.
 SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_USE_AOT_COMPILE": "0"}
 
+# What vLLM's own W4A16 kernel calls; its library for processors without AVX-512 does not have it, and
+# vLLM then ends while it warms up.
+UPSTREAM_OP = "cpu_gemm_wna16"
+
 
 def make_model() -> Path:
     """The W4A16 checkpoint of the demo, made when it is not there yet."""
@@ -125,10 +129,17 @@ def main() -> int:
         with step("measuring with the switch on"):
             rates.append(("1", *tokens_per_second(server)))
     with ExitStack() as stack:
-        with step("starting VLLM_PLUGIN_TM=0 vllm serve, for comparison"):
-            server = stack.enter_context(server_for(model, "0"))
-        with step("measuring with the switch off"):
-            rates.append(("0", *tokens_per_second(server)))
+        try:
+            with step("starting VLLM_PLUGIN_TM=0 vllm serve, for comparison"):
+                server = stack.enter_context(server_for(model, "0"))
+            with step("measuring with the switch off"):
+                rates.append(("0", *tokens_per_second(server)))
+        except ToolError as error:
+            if UPSTREAM_OP not in str(error):
+                raise
+            say(
+                f"vLLM without the plugin cannot serve this model on this processor: no {UPSTREAM_OP}"
+            )
     say(f"\n{report(rates)}")
     return 0
 

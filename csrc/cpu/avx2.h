@@ -27,6 +27,25 @@ struct Avx2 {
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
   static Vec fnma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c); }
 
+  static Vec load_floats(const float* p) { return _mm256_loadu_ps(p); }
+  static void store_floats(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+
+  // ---- for elementary functions ----
+
+  static Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+  static Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+  static Vec abs(Vec v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
+  static Vec round(Vec v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  /// v * 2^n for whole n of -126 to 127.
+  static Vec scale2(Vec v, Vec n) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_mul_ps(v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+  }
+  /// v < limit ? yes : no
+  static Vec select_below(Vec v, Vec limit, Vec yes, Vec no) {
+    return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(v, limit, _CMP_LT_OQ));
+  }
+
   static Raw int_zero() { return _mm256_setzero_si256(); }
   static Raw int_set1(int32_t v) { return _mm256_set1_epi32(v); }
   static Raw int_mul(Raw a, Raw b) { return _mm256_mullo_epi32(a, b); }

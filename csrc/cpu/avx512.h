@@ -48,6 +48,25 @@ struct Avx512 {
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static Vec fnma(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a, b, c); }
 
+  static Vec load_floats(const float* p) { return _mm512_loadu_ps(p); }
+  static void store_floats(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+
+  // ---- for elementary functions ----
+
+  static Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+  static Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+  static Vec abs(Vec v) { return _mm512_abs_ps(v); }
+  static Vec round(Vec v) { return _mm512_roundscale_ps(v, 0); }
+  /// v * 2^n for whole n of -126 to 127.
+  static Vec scale2(Vec v, Vec n) {
+    const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+    return _mm512_mul_ps(v, _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23)));
+  }
+  /// v < limit ? yes : no
+  static Vec select_below(Vec v, Vec limit, Vec yes, Vec no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(v, limit, _CMP_LT_OQ), no, yes);
+  }
+
   static Raw int_zero() { return _mm512_setzero_si512(); }
   static Raw int_set1(int32_t v) { return _mm512_set1_epi32(v); }
   static Raw int_mul(Raw a, Raw b) { return _mm512_mullo_epi32(a, b); }

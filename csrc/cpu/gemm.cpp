@@ -3,36 +3,10 @@
 #include "gemm.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 
-#include "gemm_isa.h"
+#include "prepare.h"
 
 namespace turbo::cpu {
-namespace {
-
-/// Grow-only memory of the calling thread. 64-byte aligned, freed with the thread.
-class Scratch {
- public:
-  ~Scratch() { std::free(data_); }
-  void* ensure(size_t bytes) {
-    if (bytes > size_) {
-      std::free(data_);
-      size_ = 0;
-      bytes = (bytes + 63) / 64 * 64;
-      data_ = std::aligned_alloc(64, bytes);
-      if (!data_) throw std::bad_alloc();
-      size_ = bytes;
-    }
-    return data_;
-  }
-
- private:
-  void* data_ = nullptr;
-  size_t size_ = 0;
-};
-
-thread_local Scratch prepared_scratch;
 
 const GemmIsa& kernels(const Gemm& args, Isa isa) {
   const bool kept = args.activations == Activations::kept;
@@ -51,83 +25,52 @@ const GemmIsa& kernels(const Gemm& args, Isa isa) {
   }
 }
 
-/// Below this many units the preparation of x costs less than waking the other threads.
-constexpr int64_t kParallelUnits = 1 << 15;
+namespace {
 
-/// Hands out pieces of one block of scratch memory.
-class Pieces {
- public:
-  /// First call: sizes are added up; second call, after `begin`: pointers. nullptr where not wanted.
-  template <class T>
-  T* take(bool wanted, int64_t count) {
-    if (!wanted) return nullptr;
-    T* at = memory_ ? reinterpret_cast<T*>(memory_ + used_) : nullptr;
-    used_ += static_cast<size_t>(count) * sizeof(T);
-    return at;
-  }
-  void begin() {
-    memory_ = static_cast<char*>(prepared_scratch.ensure(used_));
-    used_ = 0;
-  }
-  bool empty() const { return used_ == 0; }
-
- private:
-  char* memory_ = nullptr;
-  size_t used_ = 0;
-};
+thread_local Scratch prepared_scratch;
 
 /// x as the kernels read it. Scratch memory: rows of units where x needs converting, tiles of units for many
 /// rows, and what PreparedX names per row and group.
 PreparedX prepare(const Gemm& args, const GemmIsa& isa, const Parallel& parallel) {
-  const Layout& l = args.layout;
-  const bool kept = args.activations == Activations::kept;
-  const bool convert = !isa.reads_in_place || l.k % l.dword_k() != 0;
+  PreparedRows rows(args, isa);
   const bool tiled = args.rows >= isa.many_from;
-  const int64_t row_units = l.dwords() * isa.units_per_dword, units = args.rows * row_units;
   const int64_t row_tiles = ceil_div(args.rows, tiled ? isa.many_rows : isa.few_rows);
-  const int64_t groups = args.rows * l.groups;
-  const auto* x = static_cast<const char*>(args.x);
-  const int64_t x_bytes = args.x_stride * dtype_size(args.dtype);
-
-  uint32_t *row_memory, *tile_memory;
-  float *sums, *group_scales, *scales;
-  int32_t* offsets;
-  Pieces pieces;
+  Pieces pieces(prepared_scratch);
+  uint32_t* tiles = nullptr;
   for (int pass = 0; pass < 2; ++pass) {
-    row_memory = pieces.take<uint32_t>(convert, units);
-    tile_memory = pieces.take<uint32_t>(tiled, units);
-    sums = pieces.take<float>(kept && args.zero, groups);
-    offsets = pieces.take<int32_t>(!kept, groups);
-    group_scales = pieces.take<float>(args.activations == Activations::grouped, groups);
-    scales = pieces.take<float>(!kept && args.activations != Activations::grouped, args.rows);
-    if (pieces.empty()) return {x, x_bytes, false, row_tiles, nullptr, nullptr, nullptr, nullptr};
+    rows.take(pieces, args.rows);
+    tiles = pieces.take<uint32_t>(tiled, args.rows * rows.row_units);
     if (pass == 0) pieces.begin();
   }
 
   const auto prepare_tile = [&](int64_t tile) {
-    const Range rows = part(args.rows, row_tiles, tile);
-    const Unit* row_units_of[8];
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-      const int64_t group = row * l.groups;
-      const Unit* source = reinterpret_cast<const Unit*>(x + row * x_bytes);
-      uint32_t* out = convert ? row_memory + row * row_units : nullptr;
-      if (convert || sums)
-        isa.prepare(args, row, {out, source, sums ? sums + group : nullptr, offsets ? offsets + group : nullptr,
-                                group_scales ? group_scales + group : nullptr,
-                                scales ? scales + row : nullptr});
-      row_units_of[row - rows.begin] = convert ? out : source;
+    const Range range = part(args.rows, row_tiles, tile);
+    const Unit* units[kMostTileRows];
+    for (int64_t row = range.begin; row < range.end; ++row) {
+      if (rows.needed()) rows.prepare(row);
+      units[row - range.begin] = rows.units_of(row);
     }
     if (tiled)
-      isa.interleave(row_units_of, rows.end - rows.begin, row_units, tile_memory + rows.begin * row_units);
+      isa.interleave(units, range.end - range.begin, rows.row_units, tiles + range.begin * rows.row_units);
   };
-  if (units < kParallelUnits)
-    for (int64_t tile = 0; tile < row_tiles; ++tile) prepare_tile(tile);
-  else
-    parallel(row_tiles, prepare_tile);
+  if (tiled || rows.needed()) {
+    if (args.rows * rows.row_units < kParallelUnits)
+      for (int64_t tile = 0; tile < row_tiles; ++tile) prepare_tile(tile);
+    else
+      parallel(row_tiles, prepare_tile);
+  }
 
-  const auto* from = tiled ? reinterpret_cast<const char*>(tile_memory)
-                           : convert ? reinterpret_cast<const char*>(row_memory) : x;
-  return {from,  tiled || convert ? row_units * 4 : x_bytes, tiled, row_tiles, sums, offsets, group_scales, scales};
+  const auto* from = tiled ? reinterpret_cast<const char*>(tiles) : reinterpret_cast<const char*>(rows.units_of(0));
+  return {from,
+          tiled ? rows.row_units * 4 : rows.row_bytes(),
+          tiled,
+          args.rows,
+          row_tiles,
+          nullptr,
+          rows.beside.sums,
+          rows.beside.offsets,
+          rows.beside.group_scales,
+          rows.beside.scales};
 }
 
 /// Items of work for each thread: the last one to finish is then at most an eighth behind.
@@ -170,7 +113,7 @@ void gemm(const Gemm& args, Isa isa, const Parallel& parallel) {
     Gemm chunk = args;
     chunk.rows = std::min(kRowChunk, args.rows - row);
     chunk.x = static_cast<const char*>(args.x) + row * args.x_stride * size;
-    chunk.y = static_cast<char*>(args.y) + row * args.layout.n * size;
+    chunk.y = static_cast<char*>(args.y) + row * args.y_stride * dtype_size(args.y_dtype);
     gemm_chunk(chunk, table, parallel);
   }
 }

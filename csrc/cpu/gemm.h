@@ -16,9 +16,9 @@ enum class Activations : int {
   grouped,  ///< int8, scale from each group of each row, symmetric
 };
 
-/// One call. x [rows, k] with unit inner stride; weight, scale, zero as layout.h says; bias [n];
-/// y [rows, n] contiguous. x, bias and y share `dtype`; scale has `scale_dtype`. zero and bias may be
-/// nullptr.
+/// One call. x [rows, k] with unit inner stride, `dtype`; weight, scale, zero as layout.h says, scale of
+/// `scale_dtype`; bias [n] and y with unit inner stride, `y_dtype`. zero and bias may be nullptr. `y` is
+/// the element of row `y_row` and channel `y_channel`: a caller that computes a part needs no more memory.
 ///
 /// Activations kept (scale_dtype == dtype). Per output element, in this order whatever rows, tile or number
 /// of threads:
@@ -50,7 +50,10 @@ struct Gemm {
   const void* scale;
   const uint32_t* zero;
   const void* bias;
+  DType y_dtype;
   void* y;
+  int64_t y_stride;  // elements from row to row
+  int64_t y_row = 0, y_channel = 0;
   Activations activations = Activations::kept;
   bool symmetric = true;     // dynamic: no zero point
   float x_scale = 0;         // fixed

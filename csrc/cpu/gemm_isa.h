@@ -12,6 +12,9 @@ struct RegisterTile {
   static constexpr int kTiles = Tiles, kRows = Rows;
 };
 
+/// Most rows of any register tile.
+inline constexpr int64_t kMostTileRows = 8;
+
 /// What one dot multiplies: a bf16 pair, an fp32, four bytes or two 16-bit integers. Any address, as x
 /// may be read in place.
 using Unit [[gnu::may_alias, gnu::aligned(2)]] = uint32_t;
@@ -26,7 +29,9 @@ struct PreparedX {
   const char* units;
   int64_t row_bytes;  // from row to row; any value where x is read in place
   bool tiled;
+  int64_t rows;
   int64_t row_tiles;  // the rows are cut into this many near-equal tiles
+  const int32_t* source_rows;  // by rows: row r of the product reads this row of units; nullptr: row r
   // [rows, groups], nullptr where a kernel has no use for them.
   const float* sums;          // activations kept, asymmetric weights: sums of x over each group
   const int32_t* offsets;     // integer activations: what an accumulator starts with, see RowOut

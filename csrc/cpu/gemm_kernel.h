@@ -62,16 +62,20 @@ struct Kernel {
   static const Unit* row_units(const PreparedX& x, int64_t row) {
     return reinterpret_cast<const Unit*>(x.units + row * x.row_bytes);
   }
+  static const Unit* gathered_units(const PreparedX& x, int64_t row) {
+    return row_units(x, x.source_rows ? x.source_rows[row] : row);
+  }
 
   static void finish(const Gemm& a, const PreparedX& x, int64_t row, int64_t channel, Vec total) {
-    const int64_t size = dtype_size(a.dtype);
+    const int64_t size = dtype_size(a.y_dtype);
     const int64_t left = a.layout.n - channel;
     if (left <= 0) return;
     const int count = static_cast<int>(left < I::kLanes ? left : I::kLanes);
     if (x.scales) total = I::mul(total, I::set1(x.scales[row]));
     if (a.bias)
-      total = I::add(total, I::bias_vec(a.dtype, static_cast<const char*>(a.bias) + channel * size, count));
-    I::store_y(a.dtype, static_cast<char*>(a.y) + (row * a.layout.n + channel) * size, total, count);
+      total = I::add(total, I::bias_vec(a.y_dtype, static_cast<const char*>(a.bias) + channel * size, count));
+    const int64_t at = (row - a.y_row) * a.y_stride + (channel - a.y_channel);
+    I::store_y(a.y_dtype, static_cast<char*>(a.y) + at * size, total, count);
   }
 
   /// Where a register tile finds its units of x; `next` moves on by one dword of weights.
@@ -81,7 +85,7 @@ struct Kernel {
     int64_t unit = 0;
     Rows(const PreparedX& x, int64_t first) {
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) row[r] = row_units(x, first + r);
+      for (int r = 0; r < R; ++r) row[r] = gathered_units(x, first + r);
     }
     const Unit* at(int r, int u) const { return row[r] + unit + u; }
     void next() { unit += kUnits; }
@@ -175,7 +179,7 @@ struct Kernel {
       int64_t tiles = (block_end < share.tiles.end ? block_end : share.tiles.end) - tile;
       if (tiles > Shape::kTiles) tiles = Shape::kTiles;
       for (int64_t i = share.row_tiles.begin; i < share.row_tiles.end; ++i) {
-        const Range r = part(a.rows, x.row_tiles, i);
+        const Range r = part(x.rows, x.row_tiles, i);
         with_tiles<X, Shape::kTiles, Shape::kRows>(tiles, r.end - r.begin, a, x, tile, r.begin);
       }
       tile += tiles;

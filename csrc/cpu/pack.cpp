@@ -2,9 +2,9 @@
 // The one packer of quantized weights.
 #include "pack.h"
 
-#include <sys/mman.h>
-
 #include <cstring>
+
+#include "pages.h"
 
 namespace turbo::cpu {
 namespace {
@@ -32,7 +32,14 @@ inline uint32_t bits_at(const uint32_t* stream, int64_t stride, int64_t bit, int
   return static_cast<uint32_t>(two >> shift) & ((1u << bits) - 1);
 }
 
-/// Dword i of channel n: its weights q in two's complement, ascending k from the lowest bits; those beyond k 0.
+/// The rows on disk of a tile's channels; fewer than 16 at the end.
+inline Range disk_rows(const Pack& a, int64_t tile) {
+  const int64_t all = a.gate_up ? a.gate_up : a.layout.n, before = a.gate_up ? tile % 2 * a.gate_up : 0;
+  const int64_t first = (a.gate_up ? tile / 2 : tile) * kTileN;
+  return {before + first, before + (all - first < kTileN ? all : first + kTileN)};
+}
+
+/// Dword i of row n: its weights q in two's complement, ascending k from the lowest bits; those beyond k 0.
 template <int Bits>
 uint32_t read_dword(const Pack& a, int64_t n, int64_t i) {
   constexpr int64_t kWeights = 32 / Bits;
@@ -68,8 +75,8 @@ void pack_weights(const Pack& a, int64_t tile) {
   const Layout& l = a.layout;
   const int64_t step = l.block_tiles(tile) * kTileN;
   uint32_t* out = a.weight_out + l.lane_offset(tile, 0, l.dwords());
-  const int64_t n0 = tile * kTileN;
-  const int64_t rows = l.n - n0 < kTileN ? l.n - n0 : kTileN;
+  const Range disk = disk_rows(a, tile);
+  const int64_t rows = disk.end - disk.begin;
   uint32_t strip[kTileN][kStrip];
   int32_t sums[kTileN] = {};
   for (int64_t i0 = 0; i0 < l.dwords(); i0 += kStrip) {
@@ -77,14 +84,14 @@ void pack_weights(const Pack& a, int64_t tile) {
     std::memset(strip, 0, sizeof strip);
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t i = 0; i < count; ++i) {
-        const uint32_t dword = read_dword<Bits>(a, n0 + r, i0 + i);
+        const uint32_t dword = read_dword<Bits>(a, disk.begin + r, i0 + i);
         strip[r][i] = Bits == 4 ? kernel_order(dword) : dword;
         if (Bits == 8 && a.sums_out) sums[r] += sum_bytes(dword);
       }
     for (int64_t i = 0; i < count; ++i)
       for (int64_t r = 0; r < kTileN; ++r) out[(i0 + i) * step + r] = strip[r][i];
   }
-  if (a.sums_out) std::memcpy(a.sums_out + n0, sums, sizeof sums);
+  if (a.sums_out) std::memcpy(a.sums_out + tile * kTileN, sums, sizeof sums);
 }
 
 void pack_scales(const Pack& a, int64_t tile) {
@@ -92,11 +99,12 @@ void pack_scales(const Pack& a, int64_t tile) {
   const int64_t step = l.block_tiles(tile) * kTileN;
   char* out = static_cast<char*>(a.scale_out) + l.lane_offset(tile, 0, l.groups) * a.scale_size;
   const char* in = static_cast<const char*>(a.scale);
+  const Range disk = disk_rows(a, tile);
   for (int64_t r = 0; r < kTileN; ++r) {
-    const int64_t n = tile * kTileN + r;
+    const int64_t n = disk.begin + r;
     for (int64_t g = 0; g < l.groups; ++g) {
       char* to = out + (g * step + r) * a.scale_size;
-      if (n < l.n)
+      if (n < disk.end)
         std::memcpy(to, in + (n * a.scale_stride + g) * a.scale_size, a.scale_size);
       else
         std::memset(to, 0, a.scale_size);
@@ -109,11 +117,11 @@ void pack_zeros(const Pack& a, int64_t tile) {
   const Layout& l = a.layout;
   const int64_t dwords = l.zero_dwords(), step = l.block_tiles(tile) * dwords;
   uint32_t* out = a.zero_out + l.lane_offset(tile, 0, l.groups) / kTileN * dwords;
+  const Range disk = disk_rows(a, tile);
   for (int64_t g = 0; g < l.groups; ++g) {
     uint32_t zeros[4] = {};
-    for (int64_t r = 0; r < kTileN; ++r) {
-      const int64_t n = tile * kTileN + r;
-      if (n >= l.n) break;
+    for (int64_t r = 0; r < disk.end - disk.begin; ++r) {
+      const int64_t n = disk.begin + r;
       const int z = static_cast<int>(bits_at(a.zero_point + g, a.zero_point_stride, n * a.code_bits, a.code_bits)) -
                     (1 << (a.code_bits - 1));
       if (l.bits == 4)
@@ -123,15 +131,6 @@ void pack_zeros(const Pack& a, int64_t tile) {
     }
     std::memcpy(out + g * step, zeros, dwords * sizeof(uint32_t));
   }
-}
-
-/// Asks for huge pages before the first write: a weight stream then misses the TLB once per 2 MiB. Only
-/// a hint: where the system refuses, nothing changes.
-void advise_huge_pages(void* data, int64_t bytes) {
-  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 
 }  // namespace

@@ -13,6 +13,8 @@ namespace turbo::cpu {
 ///               Or bytes [n, k]: signed q.
 ///   scale       [n, groups] of `scale_size` bytes each
 ///   zero_point  [ceil(n * code_bits / 32), groups] dwords packed along n in the same way; nullptr when symmetric
+///   gate_up     0, or I: the rows are I gates and then I ups of a gated expert, layout.n = 2 * (I up to whole tiles),
+///               and tiles come from the two in turn
 /// Row strides in elements. Outputs as layout.h says; sums_out, if given, [padded n]: each channel's sum of q.
 struct Pack {
   Layout layout;
@@ -29,6 +31,7 @@ struct Pack {
   void* scale_out;
   uint32_t* zero_out;
   int32_t* sums_out;
+  int64_t gate_up = 0;
 };
 
 /// Writes every element of the outputs, padding included, in one pass; no scratch memory.

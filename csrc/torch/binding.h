@@ -11,15 +11,18 @@
 #include <algorithm>
 #include <atomic>
 #include <initializer_list>
+#include <optional>
 #include <string>
 
-#include "../cpu/gemm.h"
 #include "../cpu/isa.h"
+#include "../cpu/layout.h"
+#include "../cpu/parallel.h"
 
 namespace turbo::binding {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
 
 /// torch's own thread pool: vLLM's thread binding holds, and there is no second OpenMP runtime.
 inline cpu::Parallel torch_pool() {
@@ -48,6 +51,11 @@ std::string text(const Sizes& sizes) {
   }
   out += "]";
   return out;
+}
+
+inline void check_isa(const char* op) {
+  STD_TORCH_CHECK(chosen_isa().load() != cpu::Isa::none, op,
+                  ": this processor has no AVX2 with FMA and F16C; there is no kernel for it");
 }
 
 inline void check_cpu(const char* op, const char* name, const Tensor& t) {

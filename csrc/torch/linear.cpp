@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bindings of the packer and of the linear kernels: argument checks, then one call into csrc/cpu.
-#include <optional>
-#include <tuple>
+// Bindings of the linear kernels: argument checks, then one call into csrc/cpu.
 #include <vector>
 
-#include "../cpu/pack.h"
+#include "../cpu/gemm.h"
 #include "binding.h"
 
 namespace {
@@ -12,85 +10,8 @@ namespace {
 using namespace turbo::binding;
 using namespace turbo::cpu;
 
-using MaybeTensor = std::optional<Tensor>;
-
-// ---- packing --------------------------------------------------------------------------------------
-
-/// The disk tensors of one layer in the kernel layout for `bits`-bit weights: (weight, scale, zero point).
-std::tuple<Tensor, Tensor, Tensor> pack_grouped(const char* op, const Tensor& codes, const Tensor& scale,
-                                                const MaybeTensor& zero_point, int64_t k, int64_t bits,
-                                                int64_t code_bits) {
-  STD_TORCH_CHECK(code_bits >= (bits == 8 ? 5 : 2) && code_bits <= bits, op,
-                  ": argument 'bits': expected ", bits == 8 ? 5 : 2, " to ", bits, ", given ", code_bits);
-  STD_TORCH_CHECK(k > 0 && k <= kMost, op, ": argument 'k': expected 1 to ", kMost, ", given ", k);
-  STD_TORCH_CHECK(codes.dim() == 2 && codes.size(0) > 0, op,
-                  ": argument 'weight_packed': expected shape [N, ceil(k*", code_bits,
-                  "/32)], or int8 [N, k], with N > 0, given ", text(codes.sizes()));
-  STD_TORCH_CHECK(scale.dim() == 2 && scale.size(1) > 0, op,
-                  ": argument 'scale': expected shape [N, groups], given ", text(scale.sizes()));
-  const Layout layout{codes.size(0), k, scale.size(1), bits};
-  const int64_t n = layout.n, groups = layout.groups, dword_k = layout.dword_k();
-  const bool bytes = codes.scalar_type() == ScalarType::Char;
-  const int64_t row = bytes ? k : ceil_div(k * code_bits, 32);
-  check(op, "weight_packed", codes, bytes ? ScalarType::Char : ScalarType::Int, {n, row});
-  float_dtype(op, "scale", scale.scalar_type());
-  check(op, "scale", scale, scale.scalar_type(), {n, groups});
-  STD_TORCH_CHECK(groups == 1 || k % (groups * dword_k) == 0, op, ": argument 'scale': expected k = ", k,
-                  " to be cut into groups of a multiple of ", dword_k, " weights, given ", groups, " groups");
-  if (zero_point)
-    check(op, "zero_point", *zero_point, ScalarType::Int, {ceil_div(n * code_bits, 32), groups});
-
-  const auto new_int = [&](std::vector<int64_t> sizes) {
-    return torch::stable::new_empty(codes, sizes, ScalarType::Int);
-  };
-  Tensor weight_out = new_int({layout.padded_n(), layout.dwords()});
-  Tensor scale_out = torch::stable::new_empty(scale, {layout.padded_n(), groups});
-  Tensor zero_out = zero_point ? new_int({layout.padded_n() / dword_k, groups}) : new_int({0});
-  const auto* data = codes.const_data_ptr();
-  pack({layout, code_bits, bytes ? nullptr : static_cast<const uint32_t*>(data),
-        bytes ? static_cast<const int8_t*>(data) : nullptr, row, scale.const_data_ptr(), groups,
-        static_cast<int64_t>(scale.element_size()),
-        zero_point ? static_cast<const uint32_t*>(zero_point->const_data_ptr()) : nullptr, groups,
-        static_cast<uint32_t*>(weight_out.data_ptr()), scale_out.data_ptr(),
-        zero_point ? static_cast<uint32_t*>(zero_out.data_ptr()) : nullptr, nullptr},
-       torch_pool());
-  return {weight_out, scale_out, zero_out};
-}
-
-std::tuple<Tensor, Tensor, Tensor> w4a16_pack(Tensor codes, Tensor scale, MaybeTensor zero_point,
-                                              int64_t k, int64_t bits) {
-  return pack_grouped("w4a16_pack", codes, scale, zero_point, k, 4, bits);
-}
-
-std::tuple<Tensor, Tensor, Tensor> w8a16_pack(Tensor codes, Tensor scale, MaybeTensor zero_point,
-                                              int64_t k, int64_t bits) {
-  return pack_grouped("w8a16_pack", codes, scale, zero_point, k, 8, bits);
-}
-
-/// (weight, scale, sum of each channel's weights).
-std::tuple<Tensor, Tensor, Tensor> w8a8_pack(Tensor weight, Tensor scale) {
-  constexpr const char* kOp = "w8a8_pack";
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.numel() > 0, kOp,
-                  ": argument 'weight': expected shape [N, K], neither 0, given ", text(weight.sizes()));
-  const Layout layout{weight.size(0), weight.size(1), 1, 8};
-  check(kOp, "weight", weight, ScalarType::Char, {layout.n, layout.k});
-  check(kOp, "scale", scale, ScalarType::Float, {layout.n, 1});
-  Tensor weight_out =
-      torch::stable::new_empty(weight, {layout.padded_n(), layout.dwords()}, ScalarType::Int);
-  Tensor scale_out = torch::stable::new_empty(scale, {layout.padded_n(), 1});
-  Tensor sums_out = torch::stable::new_empty(weight, {layout.padded_n()}, ScalarType::Int);
-  pack({layout, 8, nullptr, static_cast<const int8_t*>(weight.const_data_ptr()), layout.k,
-        scale.const_data_ptr(), 1, 4, nullptr, 0, static_cast<uint32_t*>(weight_out.data_ptr()),
-        scale_out.data_ptr(), nullptr, static_cast<int32_t*>(sums_out.data_ptr())},
-       torch_pool());
-  return {weight_out, scale_out, sums_out};
-}
-
-// ---- products -------------------------------------------------------------------------------------
-
 void check_input(const char* op, const Tensor& x, int64_t n) {
-  STD_TORCH_CHECK(chosen_isa().load() != Isa::none, op,
-                  ": this processor has no AVX2 with FMA and F16C; there is no kernel for it");
+  check_isa(op);
   check_cpu(op, "x", x);
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) > 0, op,
                   ": argument 'x': expected shape [..., K] with K > 0, given ", text(x.sizes()));
@@ -137,7 +58,9 @@ Tensor multiply(const char* op, Tensor x, const Tensor& weight, const Tensor& sc
   gemm_args.scale = scale.const_data_ptr();
   gemm_args.zero = zero ? static_cast<const uint32_t*>(zero->const_data_ptr()) : nullptr;
   gemm_args.bias = bias ? bias->const_data_ptr() : nullptr;
+  gemm_args.y_dtype = gemm_args.dtype;
   gemm_args.y = y.data_ptr();
+  gemm_args.y_stride = layout.n;
   gemm(gemm_args, chosen_isa().load(), torch_pool());
   return y;
 }
@@ -212,12 +135,7 @@ Tensor w8a8_linear(Tensor x, Tensor weight, Tensor scale, Tensor weight_sum, May
 STABLE_TORCH_LIBRARY_FRAGMENT(vllm_plugin_tm, m) {
   const char* const kWeights = "Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias, int n, "
                                "int group_size";
-  const char* const kDisk = "Tensor weight_packed, Tensor scale, Tensor? zero_point, int k, ";
-  const char* const kPacked = ") -> (Tensor, Tensor, Tensor)";
   const auto def = [&](const std::string& schema) { m.def(schema.c_str()); };
-  def(std::string("w4a16_pack(") + kDisk + "int bits=4" + kPacked);
-  def(std::string("w8a16_pack(") + kDisk + "int bits=8" + kPacked);
-  def(std::string("w8a8_pack(Tensor weight, Tensor scale") + kPacked);
   def(std::string("w4a16_linear(") + kWeights + ") -> Tensor");
   def(std::string("w8a16_linear(") + kWeights + ") -> Tensor");
   def(std::string("w4a8_linear(") + kWeights + ", bool x_groups=False) -> Tensor");
@@ -227,9 +145,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_plugin_tm, m) {
 
 // For every device, so that a tensor on a wrong one is named by our own check.
 STABLE_TORCH_LIBRARY_IMPL(vllm_plugin_tm, CompositeExplicitAutograd, m) {
-  m.impl("w4a16_pack", TORCH_BOX(&w4a16_pack));
-  m.impl("w8a16_pack", TORCH_BOX(&w8a16_pack));
-  m.impl("w8a8_pack", TORCH_BOX(&w8a8_pack));
   m.impl("w4a16_linear", TORCH_BOX(&w4a16_linear));
   m.impl("w8a16_linear", TORCH_BOX(&w8a16_linear));
   m.impl("w4a8_linear", TORCH_BOX(&w4a8_linear));

@@ -105,7 +105,7 @@ class Problem {
   void run(Isa isa, char* y) {
     Gemm args{layout, c.dtype, c.scale_dtype, c.rows, x_.data(), x_stride_, weight_.data(),
               scale_out_.data(), zeros_out_.size() ? zeros_out_.data() : nullptr,
-              c.bias ? bias_.data() : nullptr, y};
+              c.bias ? bias_.data() : nullptr, c.dtype, y, layout.n};
     args.activations = c.mode.activations;
     args.symmetric = c.mode.x_symmetric;
     args.x_scale = kXScale;

@@ -113,10 +113,18 @@ def _register_fakes() -> None:
         _register_grouped_linear(f"w{bits}a16_linear")
     _register_grouped_linear("w4a8_linear")
     _register_w8a8()
+    for scheme in ("w4a16", "w8a16", "w4a8", "w8a8"):
+        _register_moe(f"{scheme}_moe")
 
 
-def _padded(n: int) -> int:
+def padded(n: int) -> int:
+    """Channels of the kernel layout for n output channels."""
     return (n + TILE_N - 1) // TILE_N * TILE_N
+
+
+def _packed_rows(n: int, gate_up: bool) -> int:
+    """Channels of the kernel layout for n rows of a checkpoint; gates and ups are padded apart."""
+    return 2 * padded(n // 2) if gate_up else padded(n)
 
 
 def _register_grouped_pack(name: str, bits: int) -> None:
@@ -125,10 +133,10 @@ def _register_grouped_pack(name: str, bits: int) -> None:
     per_dword = DWORD_BITS // bits
 
     @torch.library.register_fake(f"{NAMESPACE}::{name}")
-    def _(weight_packed, scale, zero_point, k, bits=bits):  # type: ignore[no-untyped-def]
+    def _(weight_packed, scale, zero_point, k, bits=bits, gate_up=False):  # type: ignore[no-untyped-def]
         others = {"scale": scale, "zero_point": zero_point}
         _check_devices(name, "weight_packed", weight_packed, others)
-        n, groups = _padded(weight_packed.shape[0]), scale.shape[1]
+        n, groups = _packed_rows(weight_packed.shape[0], gate_up), scale.shape[1]
         zero = (n // per_dword, groups) if zero_point is not None else (0,)
         return (
             weight_packed.new_empty((n, (k + per_dword - 1) // per_dword), dtype=torch.int32),
@@ -151,10 +159,10 @@ def _register_w8a8() -> None:
     import torch
 
     @torch.library.register_fake(f"{NAMESPACE}::w8a8_pack")
-    def _(weight, scale):  # type: ignore[no-untyped-def]
+    def _(weight, scale, gate_up=False):  # type: ignore[no-untyped-def]
         _check_devices("w8a8_pack", "weight", weight, {"scale": scale})
         n, k = weight.shape
-        n = _padded(n)
+        n = _packed_rows(n, gate_up)
         return (
             weight.new_empty((n, (k + 3) // 4), dtype=torch.int32),
             scale.new_empty((n, 1)),
@@ -183,3 +191,27 @@ def _register_w8a8() -> None:
         }
         _check_devices("w8a8_linear", "x", x, others)
         return x.new_empty((*x.shape[:-1], n))
+
+
+def _register_moe(name: str) -> None:
+    import torch
+
+    @torch.library.register_fake(f"{NAMESPACE}::{name}")
+    def _(
+        x,
+        topk_weights,
+        topk_ids,
+        w13,
+        w13_scale,
+        w13_third,
+        w13_bias,
+        w2,
+        w2_scale,
+        w2_third,
+        *more,
+        **named,
+    ):  # type: ignore[no-untyped-def]
+        others = {"topk_weights": topk_weights, "topk_ids": topk_ids, "w13": w13, "w2": w2}
+        others |= {"w13_scale": w13_scale, "w2_scale": w2_scale}
+        _check_devices(name, "x", x, others)
+        return x.new_empty(x.shape)

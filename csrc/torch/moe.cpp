@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: Apache-2.0
+// Bindings of the routed experts: argument checks, then one call into csrc/cpu.
+#include "../cpu/moe.h"
+
+#include <iterator>
+#include <vector>
+
+#include "binding.h"
+
+namespace {
+
+using namespace turbo::binding;
+using namespace turbo::cpu;
+
+/// What the four ops differ in.
+struct Scheme {
+  const char* op;
+  int64_t bits;
+  Activations activations;
+  bool sums() const { return bits == 8 && activations != Activations::kept; }
+};
+
+/// Weights of one product: `name` is "w13" or "w2"; layout.groups comes from the scales.
+Experts check_experts(const Scheme& s, const std::string& name, int64_t experts, Layout layout, const Tensor& weight,
+                      const Tensor& scale, ScalarType scale_type, const MaybeTensor& zero, const MaybeTensor& bias) {
+  const std::string scale_name = name + "_scale", zero_name = name + (s.sums() ? "_weight_sum" : "_zero_point"),
+                    bias_name = name + "_bias";
+  STD_TORCH_CHECK(scale.dim() == 3 && scale.size(2) > 0, s.op, ": argument '", scale_name,
+                  "': expected shape [experts, N, groups], given ", text(scale.sizes()));
+  layout.groups = scale.size(2);
+  STD_TORCH_CHECK(layout.groups == 1 || (!s.sums() && layout.k % (layout.groups * layout.dword_k()) == 0), s.op,
+                  ": argument '", scale_name, "': expected K = ", layout.k,
+                  s.sums() ? " in one group" : " to be cut into groups of whole dwords of weights", ", given ",
+                  layout.groups, " groups");
+  const int64_t channels = layout.padded_n();
+  check(s.op, name.c_str(), weight, ScalarType::Int, {experts, channels, layout.dwords()});
+  check(s.op, scale_name.c_str(), scale, scale_type, {experts, channels, layout.groups});
+  if (zero && s.sums())
+    check(s.op, zero_name.c_str(), *zero, ScalarType::Int, {experts, channels});
+  else if (zero)
+    check(s.op, zero_name.c_str(), *zero, ScalarType::Int, {experts, channels / layout.dword_k(), layout.groups});
+  if (bias) check(s.op, bias_name.c_str(), *bias, ScalarType::Float, {experts, channels});
+  return {layout, static_cast<const uint32_t*>(weight.const_data_ptr()), scale.const_data_ptr(),
+          zero ? static_cast<const uint32_t*>(zero->const_data_ptr()) : nullptr,
+          bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr};
+}
+
+Activation activation_of(const char* op, const std::string& name, double alpha, double beta, double limit) {
+  for (size_t i = 0; i < std::size(kActivationNames); ++i)
+    if (name == kActivationNames[i])
+      return {static_cast<ActivationKind>(i), static_cast<float>(alpha), static_cast<float>(beta),
+              static_cast<float>(limit)};
+  std::string known;
+  for (const char* one : kActivationNames) known += (known.empty() ? "" : ", ") + std::string(one);
+  STD_TORCH_CHECK(false, op, ": argument 'activation': expected one of {", known, "}, given '", name, "'");
+  return {};
+}
+
+/// Indices into the weights, -1 for experts that are elsewhere; memory of this thread, for its next call too.
+const int32_t* local_ids(const char* op, const Tensor& ids, const MaybeTensor& expert_map, int64_t experts) {
+  static thread_local std::vector<int32_t> local;
+  const int64_t count = ids.numel();
+  local.resize(static_cast<size_t>(count));
+  const bool wide = ids.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(wide || ids.scalar_type() == ScalarType::Int, op,
+                  ": argument 'topk_ids': expected dtype Int or Long, given ", text(ids.scalar_type()));
+  const void* data = ids.const_data_ptr();
+  const int32_t* map = nullptr;
+  int64_t known = experts;
+  if (expert_map) {
+    known = expert_map->numel();
+    check(op, "expert_map", *expert_map, ScalarType::Int, {known});
+    map = static_cast<const int32_t*>(expert_map->const_data_ptr());
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t id = wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+    STD_TORCH_CHECK(id >= -1 && id < known, op, ": argument 'topk_ids': expected -1 to ", known - 1, ", given ", id);
+    const int64_t at = id >= 0 && map ? map[id] : id;
+    STD_TORCH_CHECK(at >= -1 && at < experts, op, ": argument 'expert_map': expected -1 to ", experts - 1, ", given ",
+                    at);
+    local[static_cast<size_t>(i)] = static_cast<int32_t>(at);
+  }
+  return local.data();
+}
+
+Tensor multiply(const Scheme& s, Tensor x, Tensor topk_weights, Tensor topk_ids, const Tensor& w13,
+                const Tensor& w13_scale, const MaybeTensor& w13_zero, const MaybeTensor& w13_bias, const Tensor& w2,
+                const Tensor& w2_scale, const MaybeTensor& w2_zero, const MaybeTensor& w2_bias,
+                int64_t intermediate_size, const std::string& activation, double alpha, double beta, double limit,
+                const MaybeTensor& expert_map) {
+  check_isa(s.op);
+  check_cpu(s.op, "x", x);
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) > 0, s.op,
+                  ": argument 'x': expected shape [tokens, hidden] with hidden > 0, given ", text(x.sizes()));
+  STD_TORCH_CHECK(intermediate_size > 0 && intermediate_size <= kMost, s.op,
+                  ": argument 'intermediate_size': expected 1 to ", kMost, ", given ", intermediate_size);
+  const int64_t tokens = x.size(0), hidden = x.size(1);
+  STD_TORCH_CHECK(topk_ids.dim() == 2 && topk_ids.size(0) == tokens && topk_ids.size(1) > 0, s.op,
+                  ": argument 'topk_ids': expected shape [", tokens, ", top_k], given ", text(topk_ids.sizes()));
+  check_cpu(s.op, "topk_ids", topk_ids);
+  if (!topk_weights.is_contiguous()) topk_weights = torch::stable::contiguous(topk_weights);
+  if (!topk_ids.is_contiguous()) topk_ids = torch::stable::contiguous(topk_ids);
+  check(s.op, "topk_weights", topk_weights, ScalarType::Float, {tokens, topk_ids.size(1)});
+  STD_TORCH_CHECK(w13.dim() == 3 && w13.size(0) > 0 && w13.size(0) <= kMost, s.op,
+                  ": argument 'w13': expected shape [experts, N, dwords], given ", text(w13.sizes()));
+
+  Moe m{};
+  m.activation = activation_of(s.op, activation, alpha, beta, limit);
+  m.tokens = tokens;
+  m.top_k = topk_ids.size(1);
+  m.experts = w13.size(0);
+  m.intermediate = intermediate_size;
+  m.dtype = float_dtype(s.op, "x", x.scalar_type());
+  const bool kept = s.activations == Activations::kept;
+  // Kept activations: one dtype for all. Integers: scales as the checkpoint has them.
+  const ScalarType scale_type = kept ? x.scalar_type() : s.sums() ? ScalarType::Float : w13_scale.scalar_type();
+  m.scale_dtype = float_dtype(s.op, "w13_scale", scale_type);
+  m.activations = s.activations;
+  const int64_t half = ceil_div(intermediate_size, kTileN) * kTileN;
+  m.w13 = check_experts(s, "w13", m.experts, {m.activation.gated() ? 2 * half : intermediate_size, hidden, 0, s.bits}, w13,
+                        w13_scale, scale_type, w13_zero, w13_bias);
+  m.w2 = check_experts(s, "w2", m.experts, {hidden, intermediate_size, 0, s.bits}, w2, w2_scale, scale_type, w2_zero,
+                       w2_bias);
+  Tensor y = torch::stable::new_empty(x, {tokens, hidden});
+  if (tokens == 0) return y;
+  if (x.stride(1) != 1) x = torch::stable::contiguous(x);
+  m.x = x.const_data_ptr();
+  m.x_stride = x.stride(0);
+  m.topk_weights = static_cast<const float*>(topk_weights.const_data_ptr());
+  m.topk_ids = local_ids(s.op, topk_ids, expert_map, m.experts);
+  m.y = y.data_ptr();
+  moe(m, chosen_isa().load(), torch_pool());
+  return y;
+}
+
+#define TM_MOE_PARAMETERS(Zero)                                                                                  \
+  Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w13, Tensor w13_scale, Zero w13_zero, MaybeTensor w13_bias, \
+      Tensor w2, Tensor w2_scale, Zero w2_zero, MaybeTensor w2_bias, int64_t intermediate_size,                  \
+      std::string activation, double alpha, double beta, double limit, MaybeTensor expert_map
+#define TM_MOE_ARGUMENTS                                                                                      \
+  x, topk_weights, topk_ids, w13, w13_scale, w13_zero, w13_bias, w2, w2_scale, w2_zero, w2_bias, intermediate_size, \
+      activation, alpha, beta, limit, expert_map
+
+Tensor w4a16_moe(TM_MOE_PARAMETERS(MaybeTensor)) {
+  return multiply({"w4a16_moe", 4, Activations::kept}, TM_MOE_ARGUMENTS);
+}
+Tensor w8a16_moe(TM_MOE_PARAMETERS(MaybeTensor)) {
+  return multiply({"w8a16_moe", 8, Activations::kept}, TM_MOE_ARGUMENTS);
+}
+Tensor w4a8_moe(TM_MOE_PARAMETERS(MaybeTensor), bool x_groups) {
+  return multiply({"w4a8_moe", 4, x_groups ? Activations::grouped : Activations::dynamic}, TM_MOE_ARGUMENTS);
+}
+Tensor w8a8_moe(TM_MOE_PARAMETERS(Tensor)) {
+  return multiply({"w8a8_moe", 8, Activations::dynamic}, TM_MOE_ARGUMENTS);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vllm_plugin_tm, m) {
+  const auto schema = [](const std::string& name, const std::string& third, const std::string& more = "") {
+    const auto product = [&](const std::string& w) {
+      return "Tensor " + w + ", Tensor " + w + "_scale, Tensor" + (third == "weight_sum" ? " " : "? ") + w + "_" + third +
+             ", Tensor? " + w + "_bias, ";
+    };
+    return name + "(Tensor x, Tensor topk_weights, Tensor topk_ids, " + product("w13") + product("w2") +
+           "int intermediate_size, str activation, float alpha, float beta, float limit, "
+           "Tensor? expert_map=None" + more + ") -> Tensor";
+  };
+  m.def(schema("w4a16_moe", "zero_point").c_str());
+  m.def(schema("w8a16_moe", "zero_point").c_str());
+  m.def(schema("w4a8_moe", "zero_point", ", bool x_groups=False").c_str());
+  m.def(schema("w8a8_moe", "weight_sum").c_str());
+}
+
+// For every device, so that a tensor on a wrong one is named by our own check.
+STABLE_TORCH_LIBRARY_IMPL(vllm_plugin_tm, CompositeExplicitAutograd, m) {
+  m.impl("w4a16_moe", TORCH_BOX(&w4a16_moe));
+  m.impl("w8a16_moe", TORCH_BOX(&w8a16_moe));
+  m.impl("w4a8_moe", TORCH_BOX(&w4a8_moe));
+  m.impl("w8a8_moe", TORCH_BOX(&w8a8_moe));
+}

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seeded layers of routed experts of every scheme, their packed form, and routings."""
+
+import functools
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from linear_cases import Expected, make_layer, make_x
+from torch import Tensor
+
+from vllm_plugin_tm.kernels import reference_moe
+from vllm_plugin_tm.kernels.reference_moe import Activation, Experts
+
+# An op, and whether w4a8 rounds activations by groups; the first part is that of the ops' names.
+SCHEMES = ("w4a16", "w8a16", "w4a8", "w4a8_groups", "w8a8")
+# What each scheme's integers mean for the linear cases it is made of.
+_LINEAR = {"w4a8_groups": "w4a8"}
+
+# swiglu with the limits of gpt-oss, and the other shapes that a model may ask for.
+ACTIVATIONS = (
+    Activation(),
+    Activation("swiglu", 1.702, 1.0, 0.5),
+    Activation("swiglustep", limit=0.4),
+    Activation("situ", 0.7, 0.9),
+    Activation("situ", 1.3, 0.0),
+    Activation("gelu"),
+    Activation("gelu_tanh"),
+    Activation("silu_no_mul"),
+    Activation("gelu_no_mul"),
+    Activation("gelu_tanh_no_mul"),
+    Activation("relu2_no_mul"),
+)
+TILE_N = 16
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """E experts as a checkpoint holds them."""
+
+    mode: str
+    hidden: int
+    intermediate: int
+    w13: Experts
+    w2: Experts
+    activation: Activation
+    expert_map: Tensor | None = None
+
+    @property
+    def op(self) -> str:
+        """The first part of the ops' names."""
+        return self.mode.partition("_")[0]
+
+    @property
+    def experts(self) -> int:
+        """Experts whose weights are here."""
+        return self.w13.codes.shape[0]
+
+    @functools.cached_property
+    def packed(self) -> dict[str, Tensor | None]:
+        """Weights, scales, zero points (w8a8: sums) and biases in the kernel layout, by the op's
+        names."""
+        out: dict[str, Tensor | None] = {}
+        for name, weights, k in (
+            ("w13", self.w13, self.hidden),
+            ("w2", self.w2, self.intermediate),
+        ):
+            gate_up = name == "w13" and self.activation.gated
+            third = "weight_sum" if self.op == "w8a8" else "zero_point"
+            parts = [self._pack(weights, e, k, gate_up) for e in range(self.experts)]
+            weight, scale, zero = (torch.stack(part) for part in zip(*parts, strict=True))
+            out |= {name: weight, f"{name}_scale": scale}
+            out[f"{name}_{third}"] = (
+                zero if self.op == "w8a8" or weights.zero_point is not None else None
+            )
+            out[f"{name}_bias"] = self._bias(weights.bias, scale.shape[1], gate_up)
+        return out
+
+    def _pack(self, w: Experts, e: int, k: int, gate_up: bool) -> tuple[Tensor, Tensor, Tensor]:
+        namespace = torch.ops.vllm_plugin_tm
+        codes, scale, zero_point, _ = w.arguments(e)
+        if self.op == "w8a8":
+            return namespace.w8a8_pack(codes, scale, gate_up)
+        pack = namespace.w8a16_pack if self.op == "w8a16" else namespace.w4a16_pack
+        return pack(codes, scale, zero_point, k, w.bits, gate_up)
+
+    def _bias(self, bias: Tensor | None, channels: int, gate_up: bool) -> Tensor | None:
+        """float32 [E, channels] in the order of the packed channels, one by one."""
+        if bias is None:
+            return None
+        out = torch.zeros(self.experts, channels)
+        for n in range(bias.shape[1]):
+            half, at = divmod(n, bias.shape[1] // 2) if gate_up else (0, n)
+            tile = at // TILE_N * 2 + half if gate_up else at // TILE_N
+            out[:, tile * TILE_N + at % TILE_N] = bias[:, n].float()
+        return out
+
+    def arguments(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> dict[str, Any]:
+        """The op's arguments by name, in order."""
+        third = "weight_sum" if self.op == "w8a8" else "zero_point"
+        names = [
+            f"{w}{part}" for w in ("w13", "w2") for part in ("", "_scale", f"_{third}", "_bias")
+        ]
+        arguments: dict[str, Any] = {"x": x, "topk_weights": topk_weights, "topk_ids": topk_ids}
+        arguments |= {name: self.packed[name] for name in names}
+        a = self.activation
+        arguments |= {"intermediate_size": self.intermediate, "activation": a.name}
+        arguments |= {"alpha": a.alpha, "beta": a.beta, "limit": a.limit}
+        arguments["expert_map"] = self.expert_map
+        if self.op == "w4a8":
+            arguments["x_groups"] = self.mode == "w4a8_groups"
+        return arguments
+
+    @property
+    def moe(self) -> Any:
+        """The op under test."""
+        return getattr(torch.ops.vllm_plugin_tm, f"{self.op}_moe")
+
+    def __call__(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        return self.moe(*self.arguments(x, topk_weights, topk_ids).values())
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a layer; groups are along H for w13 and along I for w2, -1 one for all of it."""
+
+    experts: int = 5
+    hidden: int = 96
+    intermediate: int = 64
+    group: int = 32
+
+
+def make_moe(
+    mode: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    activation: Activation = ACTIVATIONS[0],
+    asymmetric: bool = False,
+    bias: bool = False,
+    seed: int = 0,
+) -> MoeLayer:
+    """A random layer whose outputs are about 1 for x about 1."""
+
+    def experts(n: int, k: int, first: int) -> Experts:
+        linear = _LINEAR.get(mode, mode)
+        parts = [
+            make_layer(linear, n, k, shape.group, dtype, asymmetric, bias, seed=seed + first + e)
+            for e in range(shape.experts)
+        ]
+
+        def stacked(name: str) -> Tensor | None:
+            values = [getattr(part, name) for part in parts]
+            return None if values[0] is None else torch.stack(values)
+
+        codes, scale = stacked("codes"), stacked("scale")
+        assert codes is not None
+        assert scale is not None
+        # Larger scales: a product of two small numbers is smaller still.
+        return Experts(codes, scale * 2, stacked("zero_point"), stacked("bias"), parts[0].bits)
+
+    halves = 2 if activation.gated else 1
+    return MoeLayer(
+        mode,
+        shape.hidden,
+        shape.intermediate,
+        experts(halves * shape.intermediate, shape.hidden, 0),
+        experts(shape.hidden, shape.intermediate, 1000),
+        activation,
+    )
+
+
+def random_routing(
+    tokens: int, experts: int, top_k: int, seed: int = 3, kind: str = "spread"
+) -> tuple[Tensor, Tensor]:
+    """Weights float32 and ids int32, [T, top_k].
+
+    "spread": any experts, no token one twice; "one": all tokens choose the same ones first; "few":
+    most experts get no token; "absent": some choices are -1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(tokens, experts, generator=generator)
+    if kind == "one":
+        scores[:, -top_k:] += 1
+    if kind == "few":
+        scores[:, : max(top_k, experts // 3)] += 1
+    ids = scores.topk(top_k, dim=1).indices.to(torch.int32)
+    if kind == "absent":
+        ids[torch.rand(tokens, top_k, generator=generator) < 0.3] = -1
+    weights = torch.rand(tokens, top_k, generator=generator) + 0.1
+    return weights, ids
+
+
+@dataclass(frozen=True)
+class Call:
+    """A layer with activations and a routing."""
+
+    layer: MoeLayer
+    x: Tensor
+    topk_weights: Tensor
+    topk_ids: Tensor
+    _cache: dict[float, Expected] = field(default_factory=dict, compare=False)
+
+    def __call__(self) -> Tensor:
+        return self.layer(self.x, self.topk_weights, self.topk_ids)
+
+    def expected(self, scale_factor: float = 1.0) -> Expected:
+        """What the oracle says; with a factor, what it says when the scales of w2 are larger."""
+        if scale_factor not in self._cache:
+            layer = self.layer
+            w2 = replace(layer.w2, scale=layer.w2.scale.double() * scale_factor)
+            arguments = (
+                layer.op,
+                self.x,
+                self.topk_weights,
+                self.topk_ids,
+                layer.w13,
+                w2,
+                layer.activation,
+                layer.expert_map,
+                layer.mode == "w4a8_groups",
+            )
+            self._cache[scale_factor] = Expected(
+                reference_moe.moe(*arguments), reference_moe.moe_tolerance(*arguments)
+            )
+        return self._cache[scale_factor]
+
+
+def make_call(
+    layer: MoeLayer, tokens: int, top_k: int, dtype: torch.dtype, kind: str = "spread"
+) -> Call:
+    """The layer on normal activations."""
+    routed = layer.experts if layer.expert_map is None else len(layer.expert_map)
+    weights, ids = random_routing(tokens, routed, top_k, kind=kind)
+    return Call(layer, make_x(tokens, layer.hidden, dtype), weights, ids)
