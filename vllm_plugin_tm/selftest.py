@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_plugin_tm import envs
 from vllm_plugin_tm.kernels import ops
 
 # One tile and a ragged rest in every direction: two groups, two 16-row blocks with 5 rows over,
@@ -39,12 +40,18 @@ _passed: set[tuple[str, str]] = set()
 
 
 def run(scheme: str) -> Result:
-    """Tests the kernel of `scheme` on the instruction set in use, every activation dtype.
+    """Tests the kernel of `scheme`, for routed experts of `scheme`_moe, on the instruction set in
+    use, every activation dtype.
 
     Raises KeyError for a scheme without a kernel; ops.ExtensionMissingError without the extension.
     """
     ops.load()
     return _TESTS[scheme]()
+
+
+def kernels() -> tuple[str, ...]:
+    """What `run` takes."""
+    return tuple(_TESTS)
 
 
 def require(scheme: str) -> None:
@@ -185,7 +192,14 @@ def _variants(scheme: str) -> dict[str, _Error]:
     }
 
 
+def _test_moe(scheme: str) -> Result:
+    from vllm_plugin_tm import selftest_moe
+
+    worst, detail = selftest_moe.worst_case(scheme)
+    return Result(f"{scheme}_moe", ops.get_isa(), worst, worst <= 1.0, detail)
+
+
 _TESTS: dict[str, Callable[[], Result]] = {
-    scheme: functools.partial(_test, scheme, _variants(scheme))
-    for scheme in ("w4a16", "w8a16", "w4a8", "w8a8")
+    **{scheme: functools.partial(_test, scheme, _variants(scheme)) for scheme in envs.SCHEMES},
+    **{f"{scheme}_moe": functools.partial(_test_moe, scheme) for scheme in envs.SCHEMES},
 }

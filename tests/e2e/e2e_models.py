@@ -2,12 +2,13 @@
 """Checkpoints for the end-to-end tests, and transformers with the same weights, dequantized."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tools import make_model
 
@@ -26,12 +27,44 @@ _TINY = {
     "initializer_range": 0.08,
 }
 
+_EXPERTS = {
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "head_dim": 64,
+        "norm_topk_prob": True,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 256},
+    # Shared experts, groups of experts, sigmoid scores with a bias, routed scaling, a dense layer.
+    "deepseek_v3": {
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 4,
+        "topk_group": 2,
+        "moe_intermediate_size": 128,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.5,
+        "norm_topk_prob": True,
+        "q_lora_rank": None,
+        "kv_lora_rank": 128,
+        "qk_rope_head_dim": 32,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 64,
+        "num_key_value_heads": 4,
+    },
+}
+"""What a tiny model with routed experts has beside _TINY."""
+
 
 def tiny(folder: Path, architecture: str = "llama", seed: int = 0, **changes: Any) -> Path:
     """A seeded bf16 model of `architecture` (llama, qwen2: bias on q, k and v) under `folder`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(architecture, **_TINY | changes)
+    config = AutoConfig.for_model(architecture, **_TINY | _EXPERTS.get(architecture, {}) | changes)
     changed = "".join(f"-{name}{value}" for name, value in sorted(changes.items()))
     target = folder / f"{architecture}-seed{seed}{changed}"
     recipe = {"recipe": 1, "seed": seed, "config": config.to_diff_dict()}
@@ -105,12 +138,20 @@ def transformers_model(
 
     config = AutoConfig.from_pretrained(checkpoint)
     del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
-    missing, surplus = model.load_state_dict(dequantized(checkpoint, scale_factor), strict=False)
+    with tempfile.TemporaryDirectory() as folder:
+        # Through files: transformers fuses the experts that a checkpoint has one by one.
+        save_file(
+            dequantized(checkpoint, scale_factor),
+            Path(folder) / make_model.WEIGHTS,
+            metadata={"format": "pt"},
+        )
+        config.save_pretrained(folder)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
+        )
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    assert set(missing) <= tied, missing
-    assert not surplus, surplus
-    model.tie_weights()
+    assert set(info["missing_keys"]) <= tied, info["missing_keys"]
+    assert not info["unexpected_keys"], info["unexpected_keys"]
     return model.eval()
 
 

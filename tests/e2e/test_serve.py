@@ -60,8 +60,8 @@ def test_serves_several_at_once(server_on: Server) -> None:
 
 
 def test_switched_off_upstream_answers(request: pytest.FixtureRequest) -> None:
-    """The same checkpoint without us: right as well, and no word of ours in the log. Where upstream's
-    library for the processor lacks its own kernel, it is that which ends the server."""
+    """The same checkpoint without us: right as well, and no word of ours in the log. Where
+    upstream's library for the processor lacks its own kernel, it is that which ends the server."""
     if "avx512" in ops.cpu_isas():
         server = request.getfixturevalue("server_off")
         answer = server.complete(PROMPTS[0], max_tokens=8)

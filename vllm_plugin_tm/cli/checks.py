@@ -267,8 +267,8 @@ def _self_test() -> list[Check]:
     try:
         for isa in usable:
             ops.set_isa(isa)
-            for row in support_matrix.MATRIX:
-                result = selftest.run(row.scheme)
+            for kernel in selftest.kernels():
+                result = selftest.run(kernel)
                 detail = f"worst error {result.error:.2f} of what rounding explains"
                 if not result.ok:
                     detail += f", at {result.detail}"

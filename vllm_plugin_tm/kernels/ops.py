@@ -197,7 +197,7 @@ def _register_moe(name: str) -> None:
     import torch
 
     @torch.library.register_fake(f"{NAMESPACE}::{name}")
-    def _(
+    def _(  # type: ignore[no-untyped-def]
         x,
         topk_weights,
         topk_ids,
@@ -210,7 +210,7 @@ def _register_moe(name: str) -> None:
         w2_third,
         *more,
         **named,
-    ):  # type: ignore[no-untyped-def]
+    ):
         others = {"topk_weights": topk_weights, "topk_ids": topk_ids, "w13": w13, "w2": w2}
         others |= {"w13_scale": w13_scale, "w2_scale": w2_scale}
         _check_devices(name, "x", x, others)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The oracle of the ops that run routed experts, in float64 on top of the linear oracles: one expert
-after another, no sorting, no blocks. Calls no kernel."""
+"""The oracle of the ops that run routed experts, in float64 on top of the linear oracles: one
+expert after another, no sorting, no blocks. Calls no kernel."""
 
 import math
 from collections.abc import Iterator
@@ -66,8 +66,8 @@ class Activation:
 
 @dataclass(frozen=True)
 class Experts:
-    """One product's weights for all experts, as a checkpoint holds them: `reference.dequantize` says
-    what each [E, ...] entry is. Gated w13 has I gate rows, then I up rows. bias [E, N]."""
+    """One product's weights for all experts, as a checkpoint holds them: `reference.dequantize`
+    says what each [E, ...] entry is. Gated w13 has I gate rows, then I up rows. bias [E, N]."""
 
     codes: Tensor
     scale: Tensor
@@ -129,9 +129,10 @@ def moe_tolerance(
 ) -> Tensor:
     """How far a right kernel may be from `moe`: same arguments, float64 [T, H].
 
-    The first product may be off by the linear kernel's tolerance in float32, the activation by a few
-    units more. Where that makes two roundings of h possible, either is right, and their distance
-    goes through the second product. The sum over experts is float32; one rounding to x's dtype follows.
+    The first product may be off by the linear kernel's tolerance in float32, the activation by a
+    few units more. Where that makes two roundings of h possible, either is right, and their
+    distance goes through the second product. The sum over experts is float32; one rounding to x's
+    dtype follows.
     """
     y, magnitude = torch.zeros(2, *x.shape, dtype=torch.float64)
     total = torch.zeros_like(y)

@@ -101,14 +101,8 @@ def _tm_layers(model: torch.nn.Module) -> list[load_check.Layer]:
         if kernel is None:
             continue
         parent, _, leaf = name.rpartition(".")
-        parts = fused.get(leaf, ())
-        sizes = getattr(module, "output_partition_sizes", ())
-        sources: tuple[tuple[str, int], ...] = ((name, kernel.output_size(module)),)
-        # A checkpoint may hold the layer in one piece, whatever the model could fuse it from.
-        if len(parts) == len(sizes):
-            names = [f"{parent}.{part}" if parent else part for part in parts]
-            sources = tuple(zip(names, sizes, strict=True)) or sources
-        layers.append(load_check.Layer(name, module, kernel.disk_tensors(module), sources))
+        parts = [f"{parent}.{part}" if parent else part for part in fused.get(leaf, ())]
+        layers += kernel.loaded(name, module, tuple(parts))
     return layers
 
 

@@ -14,6 +14,16 @@ from vllm_plugin_tm.versions import COMPAT_VLLM
 
 _LINEAR = "vllm.model_executor.kernels.linear"
 _LOADER = "vllm.model_executor.model_loader"
+_CT_MOE = (
+    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe"
+    ".compressed_tensors_moe"
+)
+_MOE_INIT = "(self, weight_quant, input_quant, moe, layer_name=None)"
+_MOE_CREATE = (
+    "(self, layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype,"
+    " **extra_weight_attrs)"
+)
+_MOE_APPLY = "(self, layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input)"
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,37 @@ PATCHES: tuple[Patch, ...] = (
         },
         tested=COMPAT_VLLM,
         delete_when="register_linear_kernel can put a kernel before the in-tree ones",
+    ),
+    Patch(
+        name="moe_methods",
+        target=f"{_CT_MOE}_wna16:CompressedTensorsWNA16MoEMethod",
+        kind="subclass",
+        why=(
+            "there is no registry of kernels for routed experts, and the methods' constructors "
+            "refuse a machine without a backend of upstream's"
+        ),
+        how=(
+            "subclasses of the live classes CompressedTensorsWNA16MoEMethod, "
+            "CompressedTensorsW8A8Int8MoEMethod and CompressedTensorsW4A8Int8MoEMethod under the "
+            "same names in their modules"
+        ),
+        expects={
+            f"{_CT_MOE}_{module}:{name}.{member}": signature
+            for module, name in (
+                ("wna16", "CompressedTensorsWNA16MoEMethod"),
+                ("w8a8_int8", "CompressedTensorsW8A8Int8MoEMethod"),
+                ("w4a8_int8", "CompressedTensorsW4A8Int8MoEMethod"),
+            )
+            for member, signature in (
+                ("__init__", _MOE_INIT),
+                ("create_weights", _MOE_CREATE),
+                ("process_weights_after_loading", "(self, layer)"),
+                ("get_fused_moe_quant_config", "(self, layer)"),
+                ("apply", _MOE_APPLY),
+            )
+        },
+        tested=COMPAT_VLLM,
+        delete_when="methods for routed experts choose kernels from a list that can be added to",
     ),
     Patch(
         name="model_loader",

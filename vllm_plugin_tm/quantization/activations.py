@@ -61,7 +61,7 @@ def asked_of(layer: torch.nn.Module) -> Asked | None:
     if arguments is not None:
         return Asked(
             bits=int(arguments.num_bits),
-            strategy=_text(arguments.strategy),
+            strategy=text(arguments.strategy),
             group_size=arguments.group_size,
             symmetric=bool(arguments.symmetric),
             dynamic=arguments.dynamic is True,
@@ -128,6 +128,6 @@ def _asked_product(
     )
 
 
-def _text(value: object) -> str:
+def text(value: object) -> str:
     """The text of a str or of an enum of them."""
     return str(getattr(value, "value", value))

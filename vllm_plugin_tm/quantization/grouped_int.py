@@ -19,6 +19,8 @@ from vllm_plugin_tm.quantization.support_matrix import (
     whole_words,
 )
 
+_BYTE_BITS = 8
+
 
 @dataclass(frozen=True)
 class GroupedInt:
@@ -93,17 +95,43 @@ def read_bytes(module: torch.nn.Module, expected: Expected, codes: str, scale: s
     """
     values = oriented(module, codes, expected.layer)
     steps = oriented(module, scale, expected.layer)
-    check(expected.layer, codes, values, (expected.n, expected.k), torch.int8)
-    check(expected.layer, scale, steps, (expected.n, expected.groups), expected.dtype)
-    check_finite(expected.layer, scale, steps)
-    limit = 1 << (expected.bits - 1)
-    low, high = (int(value) for value in torch.aminmax(values))
+    check_parts(expected.layer, [codes, scale], (values, steps, None), expected)
+    return GroupedInt(values, steps, None)
+
+
+def check_parts(
+    layer: str,
+    names: list[str],
+    parts: tuple[Tensor, Tensor, Tensor | None],
+    expected: Expected,
+) -> None:
+    """Codes, scales and zero points that are in the one order already, against `expected`.
+
+    `names` are theirs, for messages. Raises ValueError as read_packed and read_bytes do.
+    """
+    codes, scale, zero_point = parts
+    if codes.dtype == torch.int8:
+        check(layer, names[0], codes, (expected.n, expected.k), torch.int8)
+        if expected.bits < _BYTE_BITS:
+            _check_range(layer, names[0], codes, expected.bits)
+    else:
+        words = -(-expected.k * expected.bits // WORD_BITS)
+        check(layer, names[0], codes, (expected.n, words), torch.int32)
+    check(layer, names[1], scale, (expected.n, expected.groups), expected.dtype)
+    check_finite(layer, names[1], scale)
+    if zero_point is not None:
+        word_rows = -(-expected.n * expected.bits // WORD_BITS)
+        check(layer, names[2], zero_point, (word_rows, expected.groups), torch.int32)
+
+
+def _check_range(layer: str, name: str, codes: Tensor, bits: int) -> None:
+    limit = 1 << (bits - 1)
+    low, high = (int(value) for value in torch.aminmax(codes))
     if low < -limit or high >= limit:
         raise ValueError(
-            f"{expected.layer}.{codes}: values of {low} to {high}, but {expected.bits}-bit weights "
+            f"{layer}.{name}: values of {low} to {high}, but {bits}-bit weights "
             f"are {-limit} to {limit - 1}"
         )
-    return GroupedInt(values, steps, None)
 
 
 def signed_bytes(codes: Tensor, k: int) -> Tensor:

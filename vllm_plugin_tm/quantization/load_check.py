@@ -25,6 +25,7 @@ _MARKS: dict[torch.dtype, tuple[torch.dtype, int]] = {
     torch.float32: (torch.int32, 0x7FE5A5A5),
 }
 _SHOWN = 8  # missing tensors that an error lists
+_EXPERTS_DIM = 3  # dimensions of the parameters of experts
 
 
 class CheckpointError(ValueError):
@@ -36,13 +37,17 @@ class Layer:
     """A layer to watch: its name in the model, its module, the parameters that must be loaded.
 
     `sources` are the checkpoint's modules that are fused in it, each with its number of output
-    rows in this shard; a layer that is fused from nothing has itself as the only one.
+    rows in this shard; a layer that is fused from nothing has itself as the only one. `prefix` is
+    what stands before the checkpoint's names of tensors in the parameters' names. Parameters of
+    experts are [experts, rows, ...], or [experts, ..., rows] where `rows_last`.
     """
 
     name: str
     module: torch.nn.Module
     tensors: tuple[str, ...]
     sources: tuple[tuple[str, int], ...]
+    prefix: str = ""
+    rows_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ def mark(layers: Iterable[Layer]) -> list[Marked]:
 def refuse_missing(marked: Iterable[Marked]) -> None:
     """Raises CheckpointError naming the tensors of which some output rows were not loaded."""
     lines = [
-        f"{source}.{entry.name} (layer {entry.layer.name})"
+        f"{source}.{entry.name.removeprefix(entry.layer.prefix)} (layer {entry.layer.name})"
         for entry in marked
         for source in _missing_sources(entry)
     ]
@@ -99,10 +104,11 @@ def refuse_unfit(name: str, tensor: torch.Tensor, layers: Mapping[str, Layer]) -
     layer = layers.get(source)
     if layer is None:
         return
-    param = getattr(layer.module, leaf, None) if leaf in layer.tensors else None
+    param_name = layer.prefix + leaf
+    param = getattr(layer.module, param_name, None) if param_name in layer.tensors else None
     if param is not None and not _fits(param, tensor):
         raise CheckpointError(f"{name}: expected {_kind(param)}, found {tensor.dtype}")
-    if leaf == "bias" and getattr(layer.module, "bias", None) is None and bool(tensor.any()):
+    if leaf == "bias" and getattr(layer.module, param_name, None) is None and bool(tensor.any()):
         raise CheckpointError(
             f"{name}: surplus in the checkpoint, layer {layer.name} of this model has no bias"
         )
@@ -140,7 +146,7 @@ def refuse_damaged(files: Iterable[str]) -> None:
 
 def _has_rows(param: torch.Tensor) -> bool:
     """Whether the parameter has output rows; else it is one value for each source, or for all."""
-    return getattr(param, "output_dim", None) in (0, 1)
+    return getattr(param, "output_dim", None) in (0, 1) or param.dim() == _EXPERTS_DIM
 
 
 def _fits(param: torch.Tensor, tensor: torch.Tensor) -> bool:
@@ -171,8 +177,11 @@ def _missing_sources(entry: Marked) -> list[str]:
             return [name for (name, _), missing in zip(sources, untouched, strict=True) if missing]
         # One value for all of a fused layer: each part may bring it.
         return [sources[0][0]] if any(untouched) else []
-    output_dim: int = entry.param.output_dim  # type: ignore[attr-defined]
-    untouched = same.all(dim=1 - output_dim).tolist()
+    if same.dim() == _EXPERTS_DIM:
+        untouched = same.all(dim=1 if entry.layer.rows_last else 2).flatten().tolist()
+    else:
+        output_dim: int = entry.param.output_dim  # type: ignore[attr-defined]
+        untouched = same.all(dim=1 - output_dim).tolist()
     total = sum(rows for _, rows in sources)
     missing = []
     start = 0

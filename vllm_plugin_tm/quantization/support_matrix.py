@@ -69,6 +69,35 @@ class Request:
 
 
 @dataclass(frozen=True)
+class MoeRequest:
+    """The routed experts of one layer as the loader would hand them over.
+
+    `scheme` is "w4a16", "w8a16", "w4a8" or "w8a8"; `activation` a name of MOE_ACTIVATIONS;
+    `hidden` and `intermediate` the sizes of an expert in this shard, `full_intermediate` that
+    before it was split. The other fields are those of Request.
+    """
+
+    scheme: str
+    weight_type: str
+    zero_points: bool
+    group_size: int
+    act_dtype: str
+    hidden: int
+    intermediate: int
+    full_intermediate: int
+    activation: str
+
+    def products(self) -> dict[str, Request]:
+        """The two products by the names of their weights; gates and ups are cut like shards."""
+        common = (self.weight_type, self.zero_points, self.group_size, self.act_dtype)
+        inner, outer = self.intermediate, self.hidden
+        return {
+            "w13": Request(*common, k=outer, n=inner, full_k=outer, full_n=2 * inner),
+            "w2": Request(*common, k=inner, n=outer, full_k=self.full_intermediate),
+        }
+
+
+@dataclass(frozen=True)
 class Verdict:
     """Yes, or no with a reason that names the value and what is allowed."""
 
@@ -153,6 +182,58 @@ MATRIX: tuple[Row, ...] = (
     ),
 )
 
+MOE_MATRIX: tuple[Row, ...] = (
+    Row(
+        scheme="w4a16",
+        formats=(_PACKED, "4 bits also: GPTQ without activation order"),
+        weight_types=_packed(4, 3, 2),
+        group_multiple=8,
+        act_dtypes=_FLOATS,
+        rounding="",
+        device="cpu",
+        isas=ISAS,
+        amx_types=_packed(4),
+    ),
+    Row(
+        scheme="w8a16",
+        formats=(_PACKED, "8 bits also: GPTQ without activation order"),
+        weight_types=_packed(8, 7, 6, 5),
+        group_multiple=4,
+        act_dtypes=_FLOATS,
+        rounding="",
+        device="cpu",
+        isas=ISAS,
+    ),
+    Row(
+        scheme="w4a8",
+        formats=("compressed-tensors int-quantized",),
+        weight_types=("int4", *_packed(4, 3, 2)),
+        group_multiple=8,
+        act_dtypes=_FLOATS,
+        rounding="int8, symmetric, per token",
+        device="cpu",
+        isas=ISAS,
+    ),
+    Row(
+        scheme="w8a8",
+        formats=("compressed-tensors int-quantized",),
+        weight_types=("int8",),
+        group_multiple=None,
+        act_dtypes=_FLOATS,
+        rounding="int8, symmetric, per token",
+        device="cpu",
+        isas=ISAS,
+        amx_types=("int8",),
+    ),
+)
+"""Routed experts; both products of an expert are of one kind."""
+
+MOE_ACTIVATIONS = (
+    *("silu", "swigluoai", "swigluoai_uninterleave", "swiglustep", "situ", "gelu", "gelu_tanh"),
+    *("silu_no_mul", "gelu_no_mul", "gelu_tanh_no_mul", "relu2_no_mul"),
+)
+"""What may stand between the products of an expert, by vLLM's names."""
+
 # What a layer counts as when only its weights are known: upstream's configuration of a packed layer
 # does not say whether activations are to be quantized.
 _SCHEME_OF = {"int4": "w4a8", "int8": "w8a8"} | {
@@ -210,13 +291,34 @@ def check(
     return Verdict(True)
 
 
+def check_moe(request: MoeRequest, machine: Machine, schemes: tuple[str, ...] = SCHEMES) -> Verdict:
+    """As `check`, for routed experts."""
+    verdict = check_machine(request.scheme, request.weight_type, machine, schemes, MOE_MATRIX)
+    if not verdict.ok:
+        return verdict
+    row = _row(request.scheme, machine.device, MOE_MATRIX)
+    assert row is not None
+    for name, product in request.products().items():
+        for problem in (_format_problem(row, product), _shape(product)):
+            if problem:
+                return Verdict(False, f"{name}: {problem}")
+    if request.activation not in MOE_ACTIVATIONS:
+        reason = f"activation ({request.activation}) not supported, supported are {MOE_ACTIVATIONS}"
+        return Verdict(False, reason)
+    return Verdict(True)
+
+
 def check_machine(
-    scheme: str, weight_type: str, machine: Machine, schemes: tuple[str, ...] = SCHEMES
+    scheme: str,
+    weight_type: str,
+    machine: Machine,
+    schemes: tuple[str, ...] = SCHEMES,
+    matrix: tuple[Row, ...] = MATRIX,
 ) -> Verdict:
     """The rules of `check` that do not look at the layer beyond its type of weights."""
-    row = _row(scheme, machine.device)
+    row = _row(scheme, machine.device, matrix)
     if row is None:
-        known = sorted({row.device for row in MATRIX if row.scheme == scheme})
+        known = sorted({row.device for row in matrix if row.scheme == scheme})
         return Verdict(False, f"no {scheme} kernel for device {machine.device}, only for {known}")
     if scheme not in schemes:
         return Verdict(False, f"{scheme} is not among the schemes to take {schemes}")
@@ -244,8 +346,8 @@ def split_problem(bits: int, part: int, what: str) -> str | None:
     )
 
 
-def _row(scheme: str, device: str) -> Row | None:
-    return next((row for row in MATRIX if (row.scheme, row.device) == (scheme, device)), None)
+def _row(scheme: str, device: str, matrix: tuple[Row, ...] = MATRIX) -> Row | None:
+    return next((row for row in matrix if (row.scheme, row.device) == (scheme, device)), None)
 
 
 def _format_problem(row: Row, request: Request) -> str | None:
@@ -297,13 +399,13 @@ def _shape(request: Request) -> str | None:
     return None
 
 
-def markdown() -> str:
-    """The matrix as a Markdown table, for the README."""
+def markdown(matrix: tuple[Row, ...] = MATRIX) -> str:
+    """A matrix as a Markdown table, for the README."""
     lines = [
         "| scheme | formats | weights | group size | activations | device | instruction sets |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in MATRIX:
+    for row in matrix:
         cells = (
             row.scheme.upper(),
             "; ".join(row.formats),

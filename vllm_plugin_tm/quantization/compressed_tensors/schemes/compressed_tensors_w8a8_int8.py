@@ -12,12 +12,12 @@ from vllm.model_executor.kernels.linear import (
 
 from vllm_plugin_tm import envs, machine, selftest
 from vllm_plugin_tm.quantization import grouped_int
+from vllm_plugin_tm.quantization.kernel import put
 from vllm_plugin_tm.quantization.linear_kernel import (
     WEIGHT_SUM,
     TMLinearKernel,
     layer_name,
     part_sizes,
-    put,
 )
 from vllm_plugin_tm.quantization.support_matrix import CHANNEL, check_machine
 

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What our subclasses of upstream's methods for routed experts share: take the layer or let
+upstream have it, then send its weights and activations to a TMExpertsKernel."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+
+from vllm_plugin_tm import envs, machine
+from vllm_plugin_tm.quantization.activations import SMALLEST_INT8_GROUP
+from vllm_plugin_tm.quantization.experts_kernel import Activation, Names, TMExpertsKernel
+from vllm_plugin_tm.quantization.support_matrix import (
+    CHANNEL,
+    WEIGHT_TYPES,
+    MoeRequest,
+    check_moe,
+)
+
+# What gpt-oss's activation, and that of Step models, have written into their ops upstream.
+_SWIGLUOAI = Activation("swiglu", alpha=1.702, beta=1.0, limit=7.0)
+_SWIGLUSTEP = Activation("swiglustep", limit=7.0)
+
+
+class TMExpertsMethod:
+    """Mixed in before the live upstream class, whose constructor chooses a backend and refuses when
+    there is none: it is passed over where the layer is ours. Where it is not, everything is
+    upstream's, and its refusal carries our reason too.
+    """
+
+    kernel: TMExpertsKernel | None = None
+    note: str = ""
+    """Why the layer is not ours, for the layer table."""
+
+    names: Names
+
+    def _begin(self, moe: Any, wanted: MoeRequest | str, upstream: Callable[[], None]) -> bool:
+        """Constructs for `wanted`, or, where that is no request but why there is none, and where
+        the support matrix says no, calls `upstream`. Returns whether the layer is ours."""
+        reason: str | None = None
+        if isinstance(wanted, str):
+            reason = wanted
+        else:
+            reason = check_moe(wanted, machine.detect(), envs.schemes()).reason
+        if reason is not None or isinstance(wanted, str):
+            self.note = str(reason)
+            try:
+                upstream()
+            except (NotImplementedError, ValueError) as error:
+                raise type(error)(f"{error} (vllm-plugin-tm: {reason})") from error
+            return False
+        FusedMoEMethodBase.__init__(self, moe)  # type: ignore[arg-type]
+        # Packed weights that run as w4a8 do so because the user wants it, by groups.
+        x_groups = wanted.scheme == "w4a8" and WEIGHT_TYPES[wanted.weight_type].packed
+        self.kernel = TMExpertsKernel(wanted, activation_of(moe), self.names, x_groups)
+        return True
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Kernel layout, or upstream's."""
+        if self.kernel is None:
+            super().process_weights_after_loading(layer)  # type: ignore[misc]
+        else:
+            self.kernel.process(layer)
+
+    def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> Any:
+        """Upstream's; None where its kernels have nothing to do."""
+        if self.kernel is None:
+            return super().get_fused_moe_quant_config(layer)  # type: ignore[misc]
+        return None
+
+    def apply(
+        self,
+        layer: torch.nn.Module,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any,
+        shared_experts_input: Tensor | None,
+    ) -> Any:
+        """The routed experts on x [T, H]; shared ones are computed by upstream beside it."""
+        if self.kernel is None:
+            return super().apply(  # type: ignore[misc]
+                layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input
+            )
+        return self.kernel.apply(layer, x, topk_weights, topk_ids)
+
+    @property
+    def supports_eplb(self) -> bool:
+        """Experts that move between ranks would have to be packed again."""
+        return False if self.kernel is not None else super().supports_eplb  # type: ignore[misc]
+
+
+def activation_of(moe: Any) -> Activation:
+    """The ops' activation for upstream's FusedMoEConfig, whose activation the matrix knows."""
+    limit = float("inf") if moe.swiglu_limit is None else float(moe.swiglu_limit)
+    name = str(moe.activation.value)
+    match name:
+        case "silu":
+            return Activation("swiglu", limit=limit)
+        case "swigluoai":
+            return _SWIGLUOAI
+        case "swigluoai_uninterleave":
+            alpha = 1.0 if moe.swiglu_alpha is None else float(moe.swiglu_alpha)
+            beta = 0.0 if moe.swiglu_beta is None else float(moe.swiglu_beta)
+            return Activation("swiglu", alpha, beta, limit)
+        case "swiglustep":
+            return _SWIGLUSTEP
+        case "situ":
+            linear = moe.activation_situ_linear_beta
+            beta = 0.0 if linear is None else float(linear)
+            return Activation("situ", float(moe.activation_situ_beta), beta)
+    return Activation(name)
+
+
+def moe_request(
+    moe: Any, scheme: str, weight_type: str, zero_points: bool, group_size: int | None
+) -> MoeRequest:
+    """Upstream's FusedMoEConfig and a method's weights in the support matrix's words. Packed
+    weights run as w4a8 where the user wants W4A16 layers to."""
+    inner = moe.intermediate_size_per_partition
+    group = CHANNEL if group_size is None else group_size
+    long_groups = group == CHANNEL or group >= SMALLEST_INT8_GROUP
+    if scheme == "w4a16" and long_groups and envs.w4a16_int8_activations():
+        scheme = "w4a8"
+    return MoeRequest(
+        scheme=scheme,
+        weight_type=weight_type,
+        zero_points=zero_points,
+        group_size=group,
+        act_dtype=str(moe.in_dtype).removeprefix("torch."),
+        hidden=moe.hidden_dim,
+        intermediate=inner,
+        full_intermediate=moe.intermediate_size,
+        activation=str(moe.activation.value),
+    )
