@@ -134,25 +134,34 @@ def transformers_model(
     checkpoint: Path, dtype: torch.dtype = torch.float32, scale_factor: float = 1.0
 ) -> torch.nn.Module:
     """transformers' own model with the dequantized weights, rounded to `dtype`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(checkpoint)
-    del config.quantization_config
     with tempfile.TemporaryDirectory() as folder:
         # Through files: transformers fuses the experts that a checkpoint has one by one.
-        save_file(
-            dequantized(checkpoint, scale_factor),
-            Path(folder) / make_model.WEIGHTS,
-            metadata={"format": "pt"},
-        )
-        config.save_pretrained(folder)
+        _write_dequantized(checkpoint, Path(folder), scale_factor)
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
         )
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     assert set(info["missing_keys"]) <= tied, info["missing_keys"]
     assert not info["unexpected_keys"], info["unexpected_keys"]
     return model.eval()
+
+
+def dequantized_checkpoint(checkpoint: Path) -> Path:
+    """The same model with its weights as float32 numbers, beside it."""
+    target = checkpoint.with_name(f"{checkpoint.name}-dequantized")
+    target.mkdir(exist_ok=True)
+    _write_dequantized(checkpoint, target, 1.0)
+    return target
+
+
+def _write_dequantized(checkpoint: Path, folder: Path, scale_factor: float) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = dequantized(checkpoint, scale_factor)
+    save_file(tensors, folder / make_model.WEIGHTS, metadata={"format": "pt"})
 
 
 @torch.no_grad()

@@ -2,26 +2,30 @@
 """Seeded layers of routed experts of every scheme, their packed form, and routings."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from linear_cases import Expected, make_layer, make_x
+from linear_cases import INTEGER, OWN_KERNELS, Expected, make_layer, make_x
 from torch import Tensor
 
+from vllm_plugin_tm import envs
 from vllm_plugin_tm.kernels import reference_moe
 from vllm_plugin_tm.kernels.reference_moe import Activation, Experts
 
 # An op, and whether w4a8 rounds activations by groups; the first part is that of the ops' names.
 SCHEMES = ("w4a16", "w8a16", "w4a8", "w4a8_groups", "w8a8")
-# What each scheme's integers mean for the linear cases it is made of.
-_LINEAR = {"w4a8_groups": "w4a8"}
+# The schemes' own products decide where they need a run; test_moe_row_invariance.py asserts it.
+ON_OWN_KERNELS = [(mode, isa) for mode in SCHEMES for isa in envs.ISAS if isa in OWN_KERNELS[mode]]
 
-# swiglu with the limits of gpt-oss, and the other shapes that a model may ask for.
+# swiglu as gpt-oss has it, and the other shapes that a model may ask for. Limits are met by a fifth
+# of the values and not by most: where many are equal to the largest or to a third of it, their
+# int8 codes +-127.5 and 42.5 are ties that either way is right for, and the oracle's bound is wide.
 ACTIVATIONS = (
     Activation(),
-    Activation("swiglu", 1.702, 1.0, 0.5),
-    Activation("swiglustep", limit=0.4),
+    Activation("swiglu", 1.702, 1.0, 1.25),
+    Activation("swiglustep", limit=1.5),
     Activation("situ", 0.7, 0.9),
     Activation("situ", 1.3, 0.0),
     Activation("gelu"),
@@ -122,7 +126,8 @@ class MoeLayer:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a layer; groups are along H for w13 and along I for w2, -1 one for all of it."""
+    """Sizes of a layer; groups are along H for w13 and along I for w2, -1 one for all of it. w8a8
+    has no groups and takes any for -1."""
 
     experts: int = 5
     hidden: int = 96
@@ -138,13 +143,18 @@ def make_moe(
     asymmetric: bool = False,
     bias: bool = False,
     seed: int = 0,
+    bits: int | None = None,
+    scale_dtype: torch.dtype | None = None,
 ) -> MoeLayer:
-    """A random layer whose outputs are about 1 for x about 1."""
+    """A random layer whose outputs are about 1 for x about 1; see linear_cases.make_layer, which
+    makes each expert's two products. Scales of another dtype are for w4a8 only."""
+    if mode not in INTEGER:
+        scale_dtype = None
 
     def experts(n: int, k: int, first: int) -> Experts:
-        linear = _LINEAR.get(mode, mode)
+        sizes = (n, k, shape.group, dtype, asymmetric, bias)
         parts = [
-            make_layer(linear, n, k, shape.group, dtype, asymmetric, bias, seed=seed + first + e)
+            make_layer(mode, *sizes, seed=seed + first + e, bits=bits, scale_dtype=scale_dtype)
             for e in range(shape.experts)
         ]
 
@@ -174,8 +184,8 @@ def random_routing(
 ) -> tuple[Tensor, Tensor]:
     """Weights float32 and ids int32, [T, top_k].
 
-    "spread": any experts, no token one twice; "one": all tokens choose the same ones first; "few":
-    most experts get no token; "absent": some choices are -1.
+    "spread": any experts, no token one twice; "one": all tokens choose the same ones; "few": most
+    experts get no token; "absent": some choices are -1, but the first is not.
     """
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(tokens, experts, generator=generator)
@@ -185,7 +195,7 @@ def random_routing(
         scores[:, : max(top_k, experts // 3)] += 1
     ids = scores.topk(top_k, dim=1).indices.to(torch.int32)
     if kind == "absent":
-        ids[torch.rand(tokens, top_k, generator=generator) < 0.3] = -1
+        ids.view(-1)[1:][torch.rand(ids.numel() - 1, generator=generator) < 0.3] = -1
     weights = torch.rand(tokens, top_k, generator=generator) + 0.1
     return weights, ids
 
@@ -198,37 +208,44 @@ class Call:
     x: Tensor
     topk_weights: Tensor
     topk_ids: Tensor
-    _cache: dict[float, Expected] = field(default_factory=dict, compare=False)
+    _cache: dict[tuple[float, float], Expected] = field(default_factory=dict, compare=False)
 
     def __call__(self) -> Tensor:
         return self.layer(self.x, self.topk_weights, self.topk_ids)
 
-    def expected(self, scale_factor: float = 1.0) -> Expected:
-        """What the oracle says; with a factor, what it says when the scales of w2 are larger."""
-        if scale_factor not in self._cache:
+    def expected(self, w13: float = 1.0, w2: float = 1.0) -> Expected:
+        """What the oracle says; with factors, what it says when a product's scales are larger."""
+        if (w13, w2) not in self._cache:
             layer = self.layer
-            w2 = replace(layer.w2, scale=layer.w2.scale.double() * scale_factor)
+            products = (
+                replace(weights, scale=weights.scale.double() * factor)
+                for weights, factor in ((layer.w13, w13), (layer.w2, w2))
+            )
             arguments = (
                 layer.op,
                 self.x,
                 self.topk_weights,
                 self.topk_ids,
-                layer.w13,
-                w2,
+                *products,
                 layer.activation,
                 layer.expert_map,
                 layer.mode == "w4a8_groups",
             )
-            self._cache[scale_factor] = Expected(
+            self._cache[w13, w2] = Expected(
                 reference_moe.moe(*arguments), reference_moe.moe_tolerance(*arguments)
             )
-        return self._cache[scale_factor]
+        return self._cache[w13, w2]
 
 
 def make_call(
-    layer: MoeLayer, tokens: int, top_k: int, dtype: torch.dtype, kind: str = "spread"
+    layer: MoeLayer,
+    tokens: int,
+    top_k: int,
+    dtype: torch.dtype,
+    kind: str = "spread",
+    view: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Call:
-    """The layer on normal activations."""
+    """The layer on normal activations, as `view` puts them into memory."""
     routed = layer.experts if layer.expert_map is None else len(layer.expert_map)
     weights, ids = random_routing(tokens, routed, top_k, kind=kind)
-    return Call(layer, make_x(tokens, layer.hidden, dtype), weights, ids)
+    return Call(layer, view(make_x(tokens, layer.hidden, dtype)), weights, ids)

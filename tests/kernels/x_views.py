@@ -50,12 +50,5 @@ def _three_dims_strided(x: Tensor) -> Tensor:
     return wide[:, :1]
 
 
-VIEWS = (
-    _contiguous,
-    _row_stride,
-    _unaligned,
-    _transposed,
-    _every_second,
-    _three_dims,
-    _three_dims_strided,
-)
+MATRIX_VIEWS = (_contiguous, _row_stride, _unaligned, _transposed, _every_second)
+VIEWS = (*MATRIX_VIEWS, _three_dims, _three_dims_strided)

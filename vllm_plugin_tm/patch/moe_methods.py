@@ -4,6 +4,7 @@ modules, from which upstream imports them when a layer is built."""
 
 from importlib import import_module
 
+from vllm_plugin_tm.quantization import auto_awq, auto_gptq
 from vllm_plugin_tm.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe_w4a8_int8,
     compressed_tensors_moe_w8a8_int8,
@@ -11,7 +12,8 @@ from vllm_plugin_tm.quantization.compressed_tensors.compressed_tensors_moe impor
 )
 from vllm_plugin_tm.quantization.experts_method import TMExpertsMethod
 
-_CT = "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe"
+_Q = "vllm.model_executor.layers.quantization"
+_CT = f"{_Q}.compressed_tensors.compressed_tensors_moe"
 
 # module of upstream's, name of the class, what goes before it
 _MIXINS: tuple[tuple[str, str, type[TMExpertsMethod]], ...] = (
@@ -30,6 +32,8 @@ _MIXINS: tuple[tuple[str, str, type[TMExpertsMethod]], ...] = (
         "CompressedTensorsW4A8Int8MoEMethod",
         compressed_tensors_moe_w4a8_int8.TMW4A8Int8Experts,
     ),
+    (f"{_Q}.auto_gptq", "AutoGPTQMoEMethod", auto_gptq.TMGPTQExperts),
+    (f"{_Q}.auto_awq", "AutoAWQMoEMethod", auto_awq.TMAWQExperts),
 )
 
 

@@ -14,10 +14,8 @@ from vllm_plugin_tm.versions import COMPAT_VLLM
 
 _LINEAR = "vllm.model_executor.kernels.linear"
 _LOADER = "vllm.model_executor.model_loader"
-_CT_MOE = (
-    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe"
-    ".compressed_tensors_moe"
-)
+_QUANTIZATION = "vllm.model_executor.layers.quantization"
+_CT_MOE = f"{_QUANTIZATION}.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe"
 _MOE_INIT = "(self, weight_quant, input_quant, moe, layer_name=None)"
 _MOE_CREATE = (
     "(self, layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype,"
@@ -104,22 +102,29 @@ PATCHES: tuple[Patch, ...] = (
         ),
         how=(
             "subclasses of the live classes CompressedTensorsWNA16MoEMethod, "
-            "CompressedTensorsW8A8Int8MoEMethod and CompressedTensorsW4A8Int8MoEMethod under the "
-            "same names in their modules"
+            "CompressedTensorsW8A8Int8MoEMethod, CompressedTensorsW4A8Int8MoEMethod, "
+            "AutoGPTQMoEMethod and AutoAWQMoEMethod under the same names in their modules"
         ),
         expects={
-            f"{_CT_MOE}_{module}:{name}.{member}": signature
-            for module, name in (
-                ("wna16", "CompressedTensorsWNA16MoEMethod"),
-                ("w8a8_int8", "CompressedTensorsW8A8Int8MoEMethod"),
-                ("w4a8_int8", "CompressedTensorsW4A8Int8MoEMethod"),
+            f"{module}:{name}.{member}": signature
+            for module, name, constructor in (
+                (f"{_CT_MOE}_wna16", "CompressedTensorsWNA16MoEMethod", _MOE_INIT),
+                (f"{_CT_MOE}_w8a8_int8", "CompressedTensorsW8A8Int8MoEMethod", _MOE_INIT),
+                (f"{_CT_MOE}_w4a8_int8", "CompressedTensorsW4A8Int8MoEMethod", _MOE_INIT),
+                (f"{_QUANTIZATION}.auto_gptq", "AutoGPTQMoEMethod", "(self, quant_config, moe)"),
+                (f"{_QUANTIZATION}.auto_awq", "AutoAWQMoEMethod", "(self, quant_config, moe)"),
             )
             for member, signature in (
-                ("__init__", _MOE_INIT),
+                ("__init__", constructor),
                 ("create_weights", _MOE_CREATE),
                 ("process_weights_after_loading", "(self, layer)"),
                 ("get_fused_moe_quant_config", "(self, layer)"),
                 ("apply", _MOE_APPLY),
+            )
+        }
+        | {
+            f"{_QUANTIZATION}.auto_awq:_convert_awq_to_standard_format": (
+                "(layer, w_q_name, w_zp_name, size_bits)"
             )
         },
         tested=COMPAT_VLLM,

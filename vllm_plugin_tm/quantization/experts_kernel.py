@@ -15,6 +15,7 @@ from vllm_plugin_tm.quantization.kernel import TMKernel, put
 from vllm_plugin_tm.quantization.load_check import Layer
 from vllm_plugin_tm.quantization.support_matrix import (
     WEIGHT_TYPES,
+    WORD_BITS,
     MoeRequest,
     normalize_group_size,
 )
@@ -38,12 +39,17 @@ class Activation:
 @dataclass(frozen=True)
 class Names:
     """What a method calls the parameters of a product, after "w13_" or "w2_": codes, scales, and
-    zero points (None: the method has none). `k_first`: they are [experts, input, output]."""
+    zero points (None: the method has none). `k_first`: they are [experts, input, output].
+
+    `reorder`, where codes and zero points of an expert are in an order of their own: makes codes
+    [input, output] and zero points [output, groups] of them, packed as elsewhere.
+    """
 
     weight: str
     scale: str
     zero_point: str | None = None
     k_first: bool = False
+    reorder: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]] | None = None
 
 
 @dataclass(frozen=True)
@@ -194,14 +200,14 @@ class TMExpertsKernel(TMKernel):
         names = [f"{product}_{name}" for name in disk]
         for expert in range(experts):
             label = f"{expected.layer}, expert {expert}"
-            grouped_int.check_parts(label, names, self._parts(disk, expert), expected)
+            grouped_int.check_parts(label, names, self._parts(disk, expert, False), expected)
         bias = getattr(layer, f"{product}_bias", None)
         if bias is not None:
             put(layer, f"{product}_bias", _packed_bias(bias.data, gate_up))
         pack = self._packer(expected, gate_up)
         out: tuple[Tensor, ...] = ()
         for expert in range(experts):
-            codes, scale, zero_point = self._parts(disk, expert)
+            codes, scale, zero_point = self._parts(disk, expert, True)
             zero_point = None if zero_point is None else zero_point.contiguous()
             packed = pack(Disk(codes.contiguous(), scale.contiguous(), zero_point))
             if not out:
@@ -233,13 +239,26 @@ class TMExpertsKernel(TMKernel):
             disk.codes, disk.scale, disk.zero_point, expected.k, expected.bits, gate_up
         )
 
-    def _parts(self, disk: dict[str, Tensor], expert: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Views of one expert's codes, scales and zero points, outputs first."""
-        parts = [
-            tensor.data[expert].t() if self.names.k_first else tensor.data[expert]
-            for tensor in disk.values()
-        ]
-        return parts[0], parts[1], parts[2] if len(parts) > 2 else None
+    def _parts(
+        self, disk: dict[str, Tensor], expert: int, wanted: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One expert's codes, scales and zero points, outputs first; views where nothing needs
+        another order. Not `wanted`: only shapes, dtypes and scales will be looked at."""
+        codes, scale, *rest = (tensor.data[expert] for tensor in disk.values())
+        zero_point = rest[0] if rest else None
+        if self.names.reorder is not None and wanted:
+            codes, zero_point = self.names.reorder(codes, zero_point)
+        else:
+            if self.names.reorder is not None:
+                # The shape that another order will have, without moving anything.
+                factor = WORD_BITS // self.bits
+                shape = (codes.shape[0] // factor, codes.shape[1] * factor)
+                codes = torch.empty(shape, dtype=codes.dtype, device="meta")
+            if zero_point is not None and self.names.k_first:
+                zero_point = zero_point.t()
+        if self.names.k_first:
+            codes, scale = codes.t(), scale.t()
+        return codes, scale, zero_point
 
 
 def _local_experts(module: torch.nn.Module) -> list[int]:

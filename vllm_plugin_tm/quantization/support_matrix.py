@@ -185,7 +185,7 @@ MATRIX: tuple[Row, ...] = (
 MOE_MATRIX: tuple[Row, ...] = (
     Row(
         scheme="w4a16",
-        formats=(_PACKED, "4 bits also: GPTQ without activation order"),
+        formats=(_PACKED, "4 bits also: AWQ, GPTQ without activation order"),
         weight_types=_packed(4, 3, 2),
         group_multiple=8,
         act_dtypes=_FLOATS,
