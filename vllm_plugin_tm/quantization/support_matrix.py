@@ -206,11 +206,14 @@ MOE_MATRIX: tuple[Row, ...] = (
     ),
     Row(
         scheme="w4a8",
-        formats=("compressed-tensors int-quantized",),
+        formats=(
+            "compressed-tensors int-quantized: 4 bits, symmetric",
+            "those of W4A16 where VLLM_PLUGIN_TM_W4A16_INT8_ACTIVATIONS=1",
+        ),
         weight_types=("int4", *_packed(4, 3, 2)),
         group_multiple=8,
         act_dtypes=_FLOATS,
-        rounding="int8, symmetric, per token",
+        rounding="int8, symmetric, per token or, for the latter, per token and group",
         device="cpu",
         isas=ISAS,
     ),
