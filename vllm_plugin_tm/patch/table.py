@@ -121,11 +121,6 @@ PATCHES: tuple[Patch, ...] = (
                 ("get_fused_moe_quant_config", "(self, layer)"),
                 ("apply", _MOE_APPLY),
             )
-        }
-        | {
-            f"{_QUANTIZATION}.auto_awq:_convert_awq_to_standard_format": (
-                "(layer, w_q_name, w_zp_name, size_bits)"
-            )
         },
         tested=COMPAT_VLLM,
         delete_when="methods for routed experts choose kernels from a list that can be added to",

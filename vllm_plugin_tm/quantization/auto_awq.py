@@ -4,27 +4,30 @@
 from typing import Any
 
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch import Tensor
-from vllm.model_executor.layers.quantization import auto_awq
 
 from vllm_plugin_tm.quantization.experts_kernel import Names
 from vllm_plugin_tm.quantization.experts_method import TMExpertsMethod, moe_request
 
 _BITS = 4
+# Where the columns 0 to 7 of a word lie in it.
+_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
 def standard_order(codes: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """One expert's int32 [K, N/8] codes and [G, N/8] zero points, both in AWQ's order of nibbles,
-    as [K/8, N] and [N/8, G]: by upstream's own function for linear layers."""
-    layer = torch.nn.Module()
-    layer.register_parameter("qweight", torch.nn.Parameter(codes, requires_grad=False))
-    name = None
+    """One expert's int32 [K, N/8] codes and [G, N/8] zero points in AWQ's order, as signed codes
+    int8 [N, K] and zero points int32 [N/8, G] in compressed-tensors'."""
     if zero_point is not None:
-        name = "qzeros"
-        layer.register_parameter(name, torch.nn.Parameter(zero_point, requires_grad=False))
-    auto_awq._convert_awq_to_standard_format(layer, "qweight", name, _BITS)
-    zeros = None if name is None else layer.get_parameter(name).data
-    return layer.get_parameter("qweight").data, zeros
+        zero_point = pack_to_int32(_columns(zero_point).t().contiguous(), _BITS, packed_dim=0)
+    return _columns(codes).t(), zero_point
+
+
+def _columns(words: Tensor) -> Tensor:
+    """Signed values int8 [rows, N] of int32 [rows, N/8]."""
+    rows, n = words.shape[0], words.shape[1] * len(_PLACES)
+    values = unpack_from_int32(words, _BITS, torch.Size((rows, n)))
+    return values.view(rows, -1, len(_PLACES))[:, :, _PLACES].reshape(rows, n)
 
 
 class TMAWQExperts(TMExpertsMethod):

@@ -41,8 +41,8 @@ class Names:
     """What a method calls the parameters of a product, after "w13_" or "w2_": codes, scales, and
     zero points (None: the method has none). `k_first`: they are [experts, input, output].
 
-    `reorder`, where codes and zero points of an expert are in an order of their own: makes codes
-    [input, output] and zero points [output, groups] of them, packed as elsewhere.
+    `reorder`, where words hold an expert's codes and zero points along the output and in an order
+    of their own: makes signed codes int8 [output, input] and packed zero points of them.
     """
 
     weight: str
@@ -246,19 +246,17 @@ class TMExpertsKernel(TMKernel):
         another order. Not `wanted`: only shapes, dtypes and scales will be looked at."""
         codes, scale, *rest = (tensor.data[expert] for tensor in disk.values())
         zero_point = rest[0] if rest else None
-        if self.names.reorder is not None and wanted:
+        if not self.names.k_first:
+            return codes, scale, zero_point
+        if self.names.reorder is None:
+            return codes.t(), scale.t(), None if zero_point is None else zero_point.t()
+        if wanted:
             codes, zero_point = self.names.reorder(codes, zero_point)
-        else:
-            if self.names.reorder is not None:
-                # The shape that another order will have, without moving anything.
-                factor = WORD_BITS // self.bits
-                shape = (codes.shape[0] // factor, codes.shape[1] * factor)
-                codes = torch.empty(shape, dtype=codes.dtype, device="meta")
-            if zero_point is not None and self.names.k_first:
-                zero_point = zero_point.t()
-        if self.names.k_first:
-            codes, scale = codes.t(), scale.t()
-        return codes, scale, zero_point
+            return codes, scale.t(), zero_point
+        # The shapes that another order will have, without moving anything.
+        shape = (codes.shape[1] * (WORD_BITS // self.bits), codes.shape[0])
+        codes = torch.empty(shape, dtype=torch.int8, device="meta")
+        return codes, scale.t(), None if zero_point is None else zero_point.t()
 
 
 def _local_experts(module: torch.nn.Module) -> list[int]:
