@@ -3,6 +3,7 @@
 W8A8 and W4A8 checkpoints, vLLM in bf16, and llama.cpp, in turns.
 
     python benchmarks/end_to_end.py --json end_to_end.json
+    python benchmarks/end_to_end.py --model qwen3-30b-a3b    # experts; upstream refuses them
 
 Batch 1, greedy, made-up weights (`--load-format dummy`): speed does not depend on their values.
 """
@@ -21,6 +22,7 @@ from statistics import median
 import llama_1b
 import llamacpp_peer
 import peer_venv
+import qwen3_30b
 from workers import (
     ASK_DECODE,
     ASK_PREFILL,
@@ -30,7 +32,7 @@ from workers import (
     end_with_this_process,
 )
 
-from vllm_plugin_tm.bench import machine
+from vllm_plugin_tm.bench import limits, machine
 
 SCHEMA = 2
 LLAMACPP = "llama.cpp Q4_0"
@@ -58,6 +60,11 @@ _ENGINES = {
 }
 
 
+_MODELS = {"llama-1b": llama_1b, "qwen3-30b-a3b": qwen3_30b}
+# What can run the other model at all: upstream refuses its experts, in bf16 it takes 61 GB.
+_EXPERTS_ENGINES = ("plugin-w4a16",)
+
+
 def main() -> int:
     """Exit status 0 when measured, 1 when an engine failed, 2 when llama.cpp cannot be had."""
     args = _arguments()
@@ -74,7 +81,10 @@ def main() -> int:
         except peer_venv.PeerError as error:
             print(f"llama.cpp is not to be had: {error}", file=sys.stderr)
             return 2
-    report = _report(args, measured, {w.engine.name: w.load_s for w in running})
+        peaks = {w.engine.name: w.peak_bytes() for w in running}
+    report = _report(args, measured, {w.engine.name: w.load_s for w in running}, peaks)
+    if args.model == "qwen3-30b-a3b":
+        report["bound"] = _bound(args.threads)
     print(_text(report))
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -86,17 +96,21 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--engines",
         type=_engine_names,
-        default=tuple(_ENGINES),
         metavar="NAME,...",
-        help=f"of {', '.join(_ENGINES)} (default: all)",
+        help=f"of {', '.join(_ENGINES)} (default: all that can run the model)",
     )
+    parser.add_argument("--model", choices=_MODELS, default="llama-1b")
     parser.add_argument("--threads", type=int, default=len(machine.usable_cpus()))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--decode", type=int, default=128, metavar="TOKENS")
     parser.add_argument("--prefill", type=int, default=512, metavar="TOKENS")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="for model files, logs and venv")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.engines = args.engines or (
+        tuple(_ENGINES) if args.model == "llama-1b" else _EXPERTS_ENGINES
+    )
+    return args
 
 
 def _engine_names(text: str) -> tuple[str, ...]:
@@ -114,7 +128,7 @@ def _start(name: str, args: argparse.Namespace, directory: Path) -> Worker:
     log = directory / f"{name}.log"
     if name == "llamacpp":
         return Worker(llamacpp_peer.engine(LLAMACPP, directory, args.threads), log)
-    model = llama_1b.write(directory / (kind.scheme or "bf16"), kind.scheme)
+    model = _MODELS[args.model].write(directory / (kind.scheme or "bf16"), kind.scheme)
     cpus = machine.usable_cpus()[: args.threads]
     environment: dict[str, str | None] = {
         "VLLM_PLUGIN_TM": "1" if kind.plugin else None,
@@ -144,7 +158,20 @@ def _measure(running: list[Worker], args: argparse.Namespace) -> dict[str, dict[
     return found
 
 
-def _report(args: argparse.Namespace, measured: dict, load_s: dict[str, float]) -> dict:
+def _bound(threads: int) -> dict[str, float]:
+    """Decode steps per second if reading weights were all of it: at what memory yields now, when
+    the engines have ended."""
+    read = limits.LimitLoops(machine.describe(threads).llc_bytes).measure().read_gbps
+    step = qwen3_30b.bytes_per_token()
+    return {"read_gbps": read, "bytes_per_token": step, "tokens_per_s": read * 1e9 / step}
+
+
+def _report(
+    args: argparse.Namespace,
+    measured: dict,
+    load_s: dict[str, float],
+    peak_bytes: dict[str, int],
+) -> dict:
     """Rates of every round, their medians, and, from paired rounds, the ratio of each engine with
     the plugin to each without."""
     ours = {kind.title for kind in _ENGINES.values() if kind.plugin}
@@ -165,12 +192,13 @@ def _report(args: argparse.Namespace, measured: dict, load_s: dict[str, float]) 
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "machine": asdict(machine.describe(args.threads)),
-        "model": llama_1b.SUMMARY,
+        "model": _MODELS[args.model].SUMMARY,
         "tokens": {ASK_DECODE: args.decode, ASK_PREFILL: args.prefill},
         "rates": measured,
         "medians": {n: {k: median(v) for k, v in rates.items()} for n, rates in measured.items()},
         "plugin_over": ratios,
         "load_s": load_s,
+        "peak_bytes": peak_bytes,
     }
 
 
@@ -179,7 +207,14 @@ def _text(report: dict) -> str:
     for name, medians in report["medians"].items():
         lines.append(
             f"{name:16s} decode {medians[ASK_DECODE]:7.1f} tok/s, "
-            f"prefill {medians[ASK_PREFILL]:7.1f} tok/s, loaded in {report['load_s'][name]:.0f} s"
+            f"prefill {medians[ASK_PREFILL]:7.1f} tok/s, loaded in {report['load_s'][name]:.0f} s, "
+            f"at most {report['peak_bytes'][name] / 2**30:.1f} GiB in memory"
+        )
+    if "bound" in report:
+        bound = report["bound"]
+        lines.append(
+            f"bound by memory: {bound['tokens_per_s']:.1f} tok/s "
+            f"({bound['bytes_per_token'] / 1e9:.2f} GB a token at {bound['read_gbps']:.1f} GB/s)"
         )
     for own, others in report["plugin_over"].items():
         for name, ratio in others.items():

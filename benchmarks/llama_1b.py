@@ -77,12 +77,14 @@ def write(directory: Path, scheme: str | None) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     config = dict(_CONFIG)
     if scheme is not None:
-        config["quantization_config"] = _quantization(*_SCHEMES[scheme])
+        config["quantization_config"] = quantization(scheme, ["lm_head"])
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     return directory
 
 
-def _quantization(layout: str, weights: dict, activations: dict | None) -> dict:
+def quantization(scheme: str, ignore: list[str]) -> dict:
+    """The quantization_config of a checkpoint in `scheme` with these modules left alone."""
+    layout, weights, activations = _SCHEMES[scheme]
     group = {
         "targets": ["Linear"],
         "weights": weights,
@@ -93,6 +95,6 @@ def _quantization(layout: str, weights: dict, activations: dict | None) -> dict:
         "quant_method": "compressed-tensors",
         "format": layout,
         "quantization_status": "compressed",
-        "ignore": ["lm_head"],
+        "ignore": ignore,
         "config_groups": {"group_0": group},
     }

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A worker with vLLM's offline engine and made-up weights: vllm_worker.py CHECKPOINT_DIRECTORY."""
 
+import json
 import random
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-import llama_1b
 import workers
 
 
@@ -23,10 +24,11 @@ def load() -> Callable[[int, int], None]:
         enable_prefix_caching=False,
         generation_config="vllm",
     )
+    vocabulary = json.loads((Path(sys.argv[1]) / "config.json").read_text())["vocab_size"]
     tokens = random.Random(0)
 
     def generate(prompt_tokens: int, new_tokens: int) -> None:
-        prompt = [tokens.randrange(3, llama_1b.VOCABULARY) for _ in range(prompt_tokens)]
+        prompt = [tokens.randrange(3, vocabulary) for _ in range(prompt_tokens)]
         sampling = SamplingParams(
             temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False
         )

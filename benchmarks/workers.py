@@ -80,6 +80,18 @@ class Worker:
         finally:
             self._signal(signal.SIGSTOP)
 
+    def peak_bytes(self) -> int:
+        """The most memory that one of the worker's processes, the one with the model, ever held."""
+        peaks = [0]
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, ValueError):
+                if entry.name.isdigit() and os.getpgid(int(entry.name)) == self._process.pid:
+                    fields = dict(
+                        line.split(":", 1) for line in (entry / "status").read_text().splitlines()
+                    )
+                    peaks.append(int(fields["VmHWM"].split()[0]) * 1024)
+        return max(peaks)
+
     def close(self) -> None:
         """Ends the worker and all its children."""
         self._signal(signal.SIGTERM)
