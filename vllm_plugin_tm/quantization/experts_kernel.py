@@ -156,6 +156,7 @@ class TMExpertsKernel(TMKernel):
     ) -> Tensor:
         """x [T, H] through the experts topk_ids [T, top_k], summed with topk_weights: [T, H]."""
         # Depends on the configuration only: nothing here may depend on x (see torch.compile).
+        topk_weights = topk_weights.float()  # custom routing functions may use x's dtype
         if layer.apply_router_weight_on_input:
             x = x * topk_weights.to(x.dtype)
             topk_weights = torch.ones_like(topk_weights)

@@ -3,6 +3,7 @@
 upstream have it, then send its weights and activations to a TMExpertsKernel."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,19 +39,26 @@ class TMExpertsMethod:
 
     def _begin(self, moe: Any, wanted: MoeRequest | str, upstream: Callable[[], None]) -> bool:
         """Constructs for `wanted`, or, where that is no request but why there is none, and where
-        the support matrix says no, calls `upstream`. Returns whether the layer is ours."""
-        reason: str | None = None
-        if isinstance(wanted, str):
-            reason = wanted
-        else:
-            reason = check_moe(wanted, machine.detect(), envs.schemes()).reason
-        if reason is not None or isinstance(wanted, str):
-            self.note = str(reason)
+        the support matrix says no, calls `upstream`. Returns whether the layer is ours.
+
+        On a processor with AMX upstream has kernels, and the matrix says no, but not for every
+        layer that we can run: where upstream refuses one of those, we take it.
+        """
+        here, schemes = machine.detect(), envs.schemes()
+        reason = wanted if isinstance(wanted, str) else check_moe(wanted, here, schemes).reason
+        if reason is not None:
+            self.note = reason
             try:
                 upstream()
+                return False
             except (NotImplementedError, ValueError) as error:
-                raise type(error)(f"{error} (vllm-plugin-tm: {reason})") from error
-            return False
+                refused = (
+                    isinstance(wanted, str)
+                    or not check_moe(wanted, replace(here, amx=False), schemes).ok
+                )
+                if refused:
+                    raise type(error)(f"{error} (vllm-plugin-tm: {reason})") from error
+        assert isinstance(wanted, MoeRequest)
         FusedMoEMethodBase.__init__(self, moe)  # type: ignore[arg-type]
         # Packed weights that run as w4a8 do so because the user wants it, by groups.
         x_groups = wanted.scheme == "w4a8" and WEIGHT_TYPES[wanted.weight_type].packed
