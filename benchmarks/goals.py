@@ -1,12 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast the kernels must be, and by how much a run reaches or misses it. Goals do not move."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import TypeVar
 
-from vllm_plugin_tm.bench.cases import LARGE, OURS, OURS_SYMMETRIC, TORCH, UPSTREAM
-from vllm_plugin_tm.bench.results import PackRow, Report, Row
+from vllm_plugin_tm.bench.cases import (
+    LARGE,
+    OURS,
+    OURS_SYMMETRIC,
+    TORCH,
+    UPSTREAM,
+    UPSTREAM_BF16,
+)
+from vllm_plugin_tm.bench.figures import Figures
+from vllm_plugin_tm.bench.results import PackRow, Report
+
+F = TypeVar("F", bound=Figures)
 
 
 @dataclass(frozen=True)
@@ -51,35 +62,40 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _OfRows:
-    """`rows` says which of our bf16 rows count; LARGE matrices only, unless `every_shape`."""
+    """`rows` says which of our bf16 rows count; LARGE matrices only, unless `every_shape`. Routed
+    experts: all layers."""
 
     goal: Goal
-    rows: Callable[[Row], bool]
-    figure: Callable[[Row], float | None]
+    rows: Callable[[Figures], bool]
+    figure: Callable[[Figures], float | None]
     every_shape: bool = False
 
 
-def _at(m: int) -> Callable[[Row], bool]:
+def _at(m: int) -> Callable[[Figures], bool]:
     return lambda row: row.m == m
 
 
-def _from(m: int, group_size: int | None = None) -> Callable[[Row], bool]:
+def _between(least: int, most: int) -> Callable[[Figures], bool]:
+    return lambda row: least <= row.m <= most
+
+
+def _from(m: int, group_size: int | None = None) -> Callable[[Figures], bool]:
     return lambda row: row.m >= m and group_size in (None, row.group_size)
 
 
-def _any(row: Row) -> bool:
+def _any(row: Figures) -> bool:
     return True
 
 
-def _over(peer: str) -> Callable[[Row], float | None]:
+def _over(peer: str) -> Callable[[Figures], float | None]:
     return lambda row: row.speedups.get(peer)
 
 
-def _read(row: Row) -> float:
+def _read(row: Figures) -> float:
     return row.bandwidth_fraction
 
 
-def _dot(row: Row) -> float:
+def _dot(row: Figures) -> float:
     return row.dot_fraction
 
 
@@ -123,6 +139,30 @@ _OTHERS = (
     _OfRows(Goal("w8a8", "M>=256: of the dot peak", 0.90, 0.97, True), _from(256), _dot),
 )
 
+# Of routed experts: bytes are those of the experts touched; T=1 and a few tokens are bound by
+# memory, where bf16 has four or two times as much to read.
+_EXPERTS = tuple(
+    _OfRows(Goal(scheme, f"experts, {name}", must, aim, percent), rows, figure)
+    for scheme, over_one, over_few, of_dot in (
+        ("w4a16", 3.0, 2.5, 0.70),
+        ("w4a8", 3.0, 2.5, 0.65),
+        ("w8a8", 1.7, 1.6, 0.65),
+    )
+    for name, must, aim, percent, rows, figure in (
+        ("T=1: of read bandwidth", 0.75, 0.90, True, _at(1), _read),
+        ("T=1: times upstream bf16", over_one, None, False, _at(1), _over(UPSTREAM_BF16)),
+        (
+            "T=16 to 64: times upstream bf16",
+            over_few,
+            None,
+            False,
+            _between(16, 64),
+            _over(UPSTREAM_BF16),
+        ),
+        ("T=1024: of the dot peak", of_dot, 0.85, True, _at(1024), _dot),
+    )
+)
+
 # Ratio of an engine of end_to_end.py with the plugin to another: (plugin's, what, other) -> goal.
 _END_TO_END = {
     ("plugin W4A16", "decode", "upstream W4A16"): (3.5, None),
@@ -140,28 +180,29 @@ _END_TO_END = {
 def of_kernels(reports: Iterable[Report]) -> list[Outcome]:
     """Outcomes of all goals that the reports have figures for, bf16 on the best instruction set."""
     reports = list(reports)
-    rows = [row for report in reports for row in _judged(report)]
+    every = [row for report in reports for row in _judged(report.rows)]
+    large = [row for row in every if (row.n, row.k) in LARGE]
     packs = [
         pack
         for report in reports
         for pack in report.packing
         if pack.scheme == _PACKING.scheme and (pack.n, pack.k) in LARGE
     ]
-    outcomes = [_outcome(of, rows) for of in _W4A16]
+    outcomes = [_outcome(of, large) for of in _W4A16]
     outcomes.append(Outcome(_PACKING, tuple((p.gbps, _words(p)) for p in packs)))
     outcomes.append(Outcome(_RESIDENT, tuple((1 / p.resident_ratio, _words(p)) for p in packs)))
-    outcomes += [_outcome(of, rows) for of in _OTHERS]
+    outcomes += [_outcome(of, every if of.every_shape else large) for of in _OTHERS]
     return [outcome for outcome in outcomes if outcome.figures]
 
 
-def _outcome(of: _OfRows, rows: list[Row]) -> Outcome:
-    counted = [
-        row
-        for row in rows
-        if row.scheme == of.goal.scheme
-        and (of.every_shape or (row.n, row.k) in LARGE)
-        and of.rows(row)
-    ]
+def of_experts(report: Report) -> list[Outcome]:
+    """Outcomes of the goals of routed experts that the report has figures for."""
+    outcomes = [_outcome(of, _judged(report.moe)) for of in _EXPERTS]
+    return [outcome for outcome in outcomes if outcome.figures]
+
+
+def _outcome(of: _OfRows, rows: Sequence[Figures]) -> Outcome:
+    counted = [row for row in rows if row.scheme == of.goal.scheme and of.rows(row)]
     found = [(of.figure(row), _words(row)) for row in counted]
     return Outcome(of.goal, tuple((value, words) for value, words in found if value is not None))
 
@@ -178,12 +219,13 @@ def of_engines(plugin_over: dict[str, dict[str, dict[str, float]]]) -> list[Outc
     return outcomes
 
 
-def _judged(report: Report) -> list[Row]:
-    own = [r for r in report.rows if r.kernel == OURS and r.dtype == "bf16"]
+def _judged(rows: Iterable[F]) -> list[F]:
+    own = [r for r in rows if r.kernel == OURS and r.dtype == "bf16"]
     best = own[0].isa if own else ""
     return [r for r in own if r.isa == best]
 
 
-def _words(row: Row | PackRow) -> str:
-    batch = f", M={row.m}" if isinstance(row, Row) else ""
-    return f"{row.n} x {row.k}{batch}, {row.format.name}"
+def _words(row: Figures | PackRow) -> str:
+    if isinstance(row, PackRow):
+        return f"{row.n} x {row.k}, {row.format.name}"
+    return f"{row.subject}, {row.BATCH}={row.m}, {row.format.name}"

@@ -2,7 +2,7 @@
 """Writes the tables of docs/benchmarks.md from the files that measurements left.
 
     python benchmarks/make_page.py --bench bench.json --zentorch zentorch.json \\
-        --end-to-end end_to_end.json docs/benchmarks.md
+        --moe bench_moe.json --end-to-end end_to_end.json docs/benchmarks.md
 
 replaces what is between the two marks in the page; the words around them stay.
 """
@@ -10,6 +10,7 @@ replaces what is between the two marks in the page; the words around them stay.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import goals
 
 from vllm_plugin_tm.bench import results, table
 from vllm_plugin_tm.bench.cases import OURS, OURS_SYMMETRIC
-from vllm_plugin_tm.bench.results import Report, Row
+from vllm_plugin_tm.bench.figures import Figures
+from vllm_plugin_tm.bench.results import Report
 from vllm_plugin_tm.bench.schemes import SCHEMES
 
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
@@ -30,13 +32,15 @@ def main() -> int:
     parser.add_argument("page", type=Path)
     parser.add_argument("--bench", type=Path, required=True, metavar="FILE")
     parser.add_argument("--zentorch", type=Path, metavar="FILE")
+    parser.add_argument("--moe", type=Path, metavar="FILE")
     parser.add_argument("--end-to-end", type=Path, metavar="FILE")
     args = parser.parse_args()
     try:
         kernels = results.from_json(args.bench.read_text())
         zentorch = results.from_json(args.zentorch.read_text()) if args.zentorch else None
         engines = json.loads(args.end_to_end.read_text()) if args.end_to_end else None
-        tables = render(kernels, zentorch, engines)
+        experts = results.from_json(args.moe.read_text()) if args.moe else None
+        tables = render(kernels, zentorch, engines, experts)
         args.page.write_text(replaced(args.page.read_text(), tables))
     except (OSError, ValueError) as error:
         print(f"make_page.py: {error}", file=sys.stderr)
@@ -57,18 +61,32 @@ def replaced(page: str, tables: str) -> str:
     return f"{before}{BEGIN}\n\n{tables}\n{END}{after}"
 
 
-def render(kernels: Report, zentorch: Report | None, engines: dict[str, Any] | None) -> str:
+def render(
+    kernels: Report,
+    zentorch: Report | None,
+    engines: dict[str, Any] | None,
+    experts: Report | None = None,
+) -> str:
     """All tables in Markdown."""
     reports = [kernels, *([zentorch] if zentorch else [])]
     outcomes = goals.of_kernels(reports)
+    outcomes += goals.of_experts(experts) if experts else []
     outcomes += goals.of_engines(engines["plugin_over"]) if engines else []
-    parts = ["### Goals", _goals(outcomes), "### Kernels", _conditions(kernels), *_cases(kernels)]
+    parts = [
+        "### Goals",
+        _goals(outcomes),
+        "### Kernels",
+        _conditions(kernels),
+        *_cases(kernels.rows),
+    ]
     if kernels.packing:
         parts += ["### Packing at load", _packing(kernels)]
-    if kernels.skipped:
-        parts += ["Not measured:", "\n".join(f"- {reason}" for reason in kernels.skipped)]
+    parts += _skipped(kernels)
+    if experts:
+        parts += ["### Routed experts", _conditions(experts), *_cases(experts.moe)]
+        parts += _skipped(experts)
     if zentorch:
-        parts += ["### Beside zentorch", _conditions(zentorch), *_cases(zentorch)]
+        parts += ["### Beside zentorch", _conditions(zentorch), *_cases(zentorch.rows)]
     if engines:
         parts += ["### Whole engines", _engines(engines)]
     return "\n\n".join(parts) + "\n"
@@ -89,11 +107,17 @@ def _conditions(report: Report) -> str:
     return "\n".join(f"- {line}" for line in table.conditions(report))
 
 
-def _cases(report: Report) -> list[str]:
-    """A table per scheme and format, a line per matrix and M: our figures, the peers' times beside
-    them."""
+def _skipped(report: Report) -> list[str]:
+    if not report.skipped:
+        return []
+    return ["Not measured:", "\n".join(f"- {reason}" for reason in report.skipped)]
+
+
+def _cases(rows: Sequence[Figures]) -> list[str]:
+    """A table per scheme and format, a line per matrix or layer and M: our figures, the peers'
+    times beside them."""
     parts = []
-    ordered = [row for row in report.rows if row.kernel != OURS_SYMMETRIC]
+    ordered = [row for row in rows if row.kernel != OURS_SYMMETRIC]
     places = {name: place for place, name in enumerate(SCHEMES)}
     ordered.sort(  # stable
         key=lambda row: (places[row.scheme], row.dtype, not row.symmetric, row.group_size)
@@ -105,11 +129,13 @@ def _cases(report: Report) -> list[str]:
     return parts
 
 
-def _format_table(rows: list[Row]) -> str:
+def _format_table(rows: list[Figures]) -> str:
     others = list(dict.fromkeys(row.kernel for row in rows if row.kernel != OURS))
     isas = list(dict.fromkeys(row.isa for row in rows if row.kernel == OURS))
     compared = list(dict.fromkeys(name for r in rows for name in r.speedups if r.kernel == OURS))
-    titles = ["N x K", "M", *(["isa"] if len(isas) > 1 else []), "ms", "p10-p90", "GB/s", "of read"]
+    batch = table.batch_columns(rows[0])
+    titles = [rows[0].SUBJECT, *(column.title for column in batch)]
+    titles += [*(["isa"] if len(isas) > 1 else []), "ms", "p10-p90", "GB/s", "of read"]
     titles += [
         table.flops_unit(rows[0]),
         "of dot",
@@ -117,12 +143,12 @@ def _format_table(rows: list[Row]) -> str:
         *(f"{name} ms" for name in others),
     ]
     titles += [f"x {name.removeprefix(f'{OURS}-')}" for name in compared]
-    times = {(row.n, row.k, row.m, row.kernel): row.ms for row in rows}
+    times = {(row.subject, row.m, row.kernel): row.ms for row in rows}
     lines = []
     for row in (row for row in rows if row.kernel == OURS):
         own = [
-            f"{row.n} x {row.k}",
-            str(row.m),
+            row.subject,
+            *(column.cell(row) for column in batch),
             *([row.isa] if len(isas) > 1 else []),
             table.milliseconds(row.ms),
             f"{table.milliseconds(row.ms_p10)}-{table.milliseconds(row.ms_p90)}",
@@ -132,7 +158,7 @@ def _format_table(rows: list[Row]) -> str:
             table.percent(row.dot_fraction),
             table.percent(row.roofline_fraction),
         ]
-        found = [times.get((row.n, row.k, row.m, name)) for name in others]
+        found = [times.get((row.subject, row.m, name)) for name in others]
         own += ["" if ms is None else table.milliseconds(ms) for ms in found]
         lines.append(own + [table.times(row.speedups.get(name)) for name in compared])
     return _table(titles, lines)

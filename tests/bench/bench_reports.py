@@ -4,9 +4,11 @@
 import dataclasses
 
 from vllm_plugin_tm.bench.cases import Case, Format
+from vllm_plugin_tm.bench.figures import RowLimits
 from vllm_plugin_tm.bench.limits import Limits
 from vllm_plugin_tm.bench.machine import Machine
-from vllm_plugin_tm.bench.results import Measured, PackRow, Report, RowLimits, rows_of
+from vllm_plugin_tm.bench.moe_cases import LAYERS, MoeCase
+from vllm_plugin_tm.bench.results import Measured, PackRow, Report, moe_rows_of, rows_of
 from vllm_plugin_tm.bench.timing import Samples
 from vllm_plugin_tm.quantization.support_matrix import CHANNEL
 
@@ -52,6 +54,34 @@ def integer_rows(form: Format, m: int = 1, n: int = 4096, **peer_ms: float):
         peer = Measured(name.replace("_", "-"), "", form.symmetric, 16_000_000, samples(ms))
         measured.append(peer)
     return rows_of(case, measured, RowLimits(40.0, 800.0, "int8"))
+
+
+def moe_rows(m: int = 1, scheme: str = "w4a16", ms: float = 0.5, layer: str = "mixtral"):
+    """Rows of a layer of experts that moves 16 MB of the weights of 2.5 of them, with upstream in
+    bf16 at 2 ms."""
+    case = MoeCase(LAYERS[layer], m, Format(scheme=scheme))
+    measured = [
+        Measured("tm", "avx512bf16", True, 16_000_000, samples(ms)),
+        Measured("upstream-bf16", "", True, 64_000_000, samples(2.0)),
+    ]
+    return moe_rows_of(case, measured, RowLimits(40.0, 400.0, "bf16"), touched=2.5)
+
+
+def moe_report() -> Report:
+    """Two layers of experts, and an integer scheme."""
+    return dataclasses.replace(
+        report(),
+        rows=(),
+        packing=(),
+        skipped=("upstream-bf16: made-up reason",),
+        moe=(
+            *moe_rows(),
+            *moe_rows(m=64, ms=1.0),
+            *moe_rows(m=16, layer="qwen3-30b-a3b", ms=0.7),
+            *moe_rows(m=1024, ms=9000.0),
+            *moe_rows(scheme="w8a8"),
+        ),
+    )
 
 
 def report(before: Limits | None = None, after: Limits | None = None) -> Report:

@@ -139,7 +139,8 @@ def test_options_are_understood(parse, text, value):
         (
             options.kernels,
             "upstraem",
-            "'upstraem' is not a known kernel; known are tm, upstream, upstream-w8a8, torch; "
+            "'upstraem' is not a known kernel; known are tm, upstream, upstream-w8a8, "
+            "upstream-bf16, torch; "
             "did you mean upstream?",
         ),
         (

@@ -38,23 +38,8 @@ def _plan(**changes):
     return dataclasses.replace(plan, **changes)
 
 
-@pytest.fixture
-def _small(monkeypatch):
-    """A machine with a tiny cache and short limit loops; threads as they were afterwards."""
-    threads = torch.get_num_threads()
-    described = runner.machine.describe
-    monkeypatch.setattr(
-        runner.machine,
-        "describe",
-        lambda threads: dataclasses.replace(described(threads), llc_bytes=2**16),
-    )
-    monkeypatch.setattr(limits, "_EFFORT", timing.Effort(1e-5, 1e-4, (2, 2)))
-    yield
-    torch.set_num_threads(threads)
-
-
 @needs_extension
-@pytest.mark.usefixtures("_small")
+@pytest.mark.usefixtures("small_machine")
 def test_a_run_measures_every_case_and_leaves_the_isa_as_it_was():
     before = ops.get_isa()
     calls = []
@@ -74,7 +59,7 @@ def test_a_run_measures_every_case_and_leaves_the_isa_as_it_was():
 
 
 @needs_extension
-@pytest.mark.usefixtures("_small")
+@pytest.mark.usefixtures("small_machine")
 def test_a_wrong_peer_is_listed_and_a_peer_that_cannot_is_too():
     def wrong(layer, llc_bytes):
         return peers.Peer("wrong", "", layer, 1, (lambda x: x[:, :1] * torch.ones(layer.n),) * 2)
@@ -89,7 +74,7 @@ def test_a_wrong_peer_is_listed_and_a_peer_that_cannot_is_too():
 
 
 @needs_extension
-@pytest.mark.usefixtures("_small")
+@pytest.mark.usefixtures("small_machine")
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_run_of_each_scheme(scheme):
     group = 32 if SCHEMES[scheme].grouped else CHANNEL
@@ -109,7 +94,7 @@ def test_a_run_of_each_scheme(scheme):
 
 
 @needs_extension
-@pytest.mark.usefixtures("_small")
+@pytest.mark.usefixtures("small_machine")
 def test_a_slow_peer_is_left_out_of_large_batches():
     def slow(layer, llc_bytes):
         peer = peers.torch_linear(layer, llc_bytes)
@@ -122,7 +107,7 @@ def test_a_slow_peer_is_left_out_of_large_batches():
 
 
 @needs_extension
-@pytest.mark.usefixtures("_small")
+@pytest.mark.usefixtures("small_machine")
 @pytest.mark.parametrize(("scheme", "beside"), [("w4a8", True), ("w8a8", False), ("w4a16", False)])
 def test_upstreams_w8a8_is_measured_beside_w4a8_only(monkeypatch, scheme, beside):
     def made(layer, llc_bytes):
@@ -136,7 +121,7 @@ def test_upstreams_w8a8_is_measured_beside_w4a8_only(monkeypatch, scheme, beside
 
 
 @needs_extension
-@pytest.mark.usefixtures("_small")
+@pytest.mark.usefixtures("small_machine")
 def test_our_wrong_kernel_ends_the_run(monkeypatch):
     monkeypatch.setattr(peers, "pack", _packed_with_scale(1.01, peers.pack))
     with pytest.raises(guard.WrongResultError, match=r"tm .* computes a wrong result"):
@@ -144,8 +129,8 @@ def test_our_wrong_kernel_ends_the_run(monkeypatch):
 
 
 def _packed_with_scale(factor, pack):
-    def packed(layer):
-        weight, scale, zero = pack(layer)
+    def packed(layer, gate_up=False):
+        weight, scale, zero = pack(layer, gate_up)
         return weight, (scale.float() * factor).to(scale.dtype), zero
 
     return packed
@@ -155,7 +140,7 @@ _COMMAND = ["bench", "--shapes", "64x64", "--m", "1", "--group-size", "32", "--t
 
 
 @needs_extension
-@pytest.mark.usefixtures("_small")
+@pytest.mark.usefixtures("small_machine")
 def test_the_command_prints_tables_and_writes_files(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     files = [tmp_path / "a.json", tmp_path / "a.png"]

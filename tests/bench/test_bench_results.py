@@ -88,6 +88,7 @@ def test_json_there_and_back(made_up):
     assert data["schema"] == results.SCHEMA
     assert set(data) == {
         "schema", "date", "command", "machine", "before", "after", "rows", "packing", "skipped",
+        "moe",
     }  # fmt: skip
     assert data["rows"][0]["roofline_fraction"] == made_up.rows[0].roofline_fraction
     assert data["packing"][0]["gbps"] == pytest.approx(8_388_608 / 2e-3 / 1e9)

@@ -13,7 +13,10 @@ from pathlib import Path
 import end_to_end
 import llama_1b
 import pytest
+import qwen3_30b
 import workers
+
+BOUND = {"read_gbps": 30.0, "bytes_per_token": 1.5e9, "tokens_per_s": 20.0}
 
 _SCRIPT = """
 import sys, time
@@ -139,6 +142,17 @@ def test_model_configuration_is_understood(tmp_path, scheme, layout, bits, activ
     assert (group.input_activations and group.input_activations.num_bits) == activations
 
 
+def test_experts_of_the_other_model_are_quantized_and_routers_are_not(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    directory = qwen3_30b.write(tmp_path / "model", "w4a16")
+    config = transformers.AutoConfig.from_pretrained(directory)
+    assert (config.num_experts, config.num_experts_per_tok) == (128, 8)
+    ignore = json.loads((directory / "config.json").read_text())["quantization_config"]["ignore"]
+    assert ignore == ["lm_head", r"re:.*\.gate$"]
+    # 8 experts and the attention of 48 layers at 4.125 bits, routers and head in bf16.
+    assert qwen3_30b.bytes_per_token() == pytest.approx(2.06e9, rel=0.01)
+
+
 def test_engine_names_are_checked():
     assert end_to_end._engine_names("plugin-w8a8,bf16") == ("plugin-w8a8", "bf16")
     with pytest.raises(argparse.ArgumentTypeError, match="'plugin' is not an engine; known are"):
@@ -149,7 +163,7 @@ def test_engine_names_are_checked():
 def test_every_engine_is_started_as_what_it_is_called(tmp_path, monkeypatch, name):
     started = []
     monkeypatch.setattr(end_to_end, "Worker", lambda engine, log: started.append(engine))
-    end_to_end._start(name, argparse.Namespace(threads=1), tmp_path)
+    end_to_end._start(name, argparse.Namespace(threads=1, model="llama-1b"), tmp_path)
     (engine,) = started
     plugin, _, scheme = name.rpartition("-")
     assert engine.environment["VLLM_PLUGIN_TM"] == ("1" if plugin == "plugin" else None)
@@ -189,13 +203,17 @@ def test_end_to_end_report_pairs_its_rounds():
         "plugin W8A8": {"decode": [5.0, 4.0, 10.0], "prefill": [1.0, 1.0, 1.0]},
         "upstream W4A16": {"decode": [5.0, 4.0, 10.0], "prefill": [2.0, 2.0, 2.0]},
     }
-    args = argparse.Namespace(threads=2, decode=128, prefill=512)
-    report = end_to_end._report(args, measured, dict.fromkeys(measured, 1.0))
+    args = argparse.Namespace(threads=2, decode=128, prefill=512, model="llama-1b")
+    report = end_to_end._report(
+        args, measured, dict.fromkeys(measured, 1.0), dict.fromkeys(measured, 2**31)
+    )
     assert report["plugin_over"] == {
         "plugin W4A16": {"upstream W4A16": {"decode": 3.0, "prefill": 0.5}},
         "plugin W8A8": {"upstream W4A16": {"decode": 1.0, "prefill": 0.5}},
     }
     assert report["medians"]["plugin W4A16"]["decode"] == 20.0
-    text = end_to_end._text(report)
+    text = end_to_end._text(report | {"bound": BOUND})
+    assert "loaded in 1 s, at most 2.0 GiB in memory" in text
+    assert "bound by memory: 20.0 tok/s (1.50 GB a token at 30.0 GB/s)" in text
     assert "plugin W4A16 over upstream W4A16: decode 3.00x, prefill 0.50x" in text
     assert json.loads(json.dumps(report)) == report or report["machine"]["flags"]

@@ -24,17 +24,19 @@ _OTHER_SHAPES = LARGE[:2]
 _QUICK_SHAPES = ((4096, 4096), (2048, 2048), (576, 576))
 _QUICK_BATCHES = (1, 4, 16, 128)
 
-OURS, OURS_SYMMETRIC, UPSTREAM, UPSTREAM_W8A8, TORCH = (
+OURS, OURS_SYMMETRIC, UPSTREAM, UPSTREAM_W8A8, UPSTREAM_BF16, TORCH = (
     "tm",
     "tm-symmetric",
     "upstream",
     "upstream-w8a8",
+    "upstream-bf16",
     "torch",
 )
-KERNELS = (OURS, UPSTREAM, UPSTREAM_W8A8, TORCH)
-"""What can be asked for; OURS_SYMMETRIC comes by itself beside an asymmetric case."""
+KERNELS = (OURS, UPSTREAM, UPSTREAM_W8A8, UPSTREAM_BF16, TORCH)
+"""What can be asked for, each measured where it exists: upstream-w8a8 beside W4A8, upstream-bf16
+and tm on routed experts. OURS_SYMMETRIC comes by itself beside an asymmetric case."""
 
-_DTYPE_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
+DTYPE_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Case:
     def activation_bytes(self) -> int:
         """x [m, k] read once and y [m, n] written once, both in the activations' dtype: integers
         that an op makes of x never leave it."""
-        return self.m * (self.k + self.n) * _DTYPE_BYTES[self.format.dtype]
+        return self.m * (self.k + self.n) * DTYPE_BYTES[self.format.dtype]
 
 
 def fits(n: int, k: int, group_size: int) -> bool:

@@ -12,13 +12,14 @@ from vllm_plugin_tm.kernels import reference_int8
 
 _ROWS = 4
 _CHANNELS = 64
-_SMALL_BATCH = 16
+SMALL_BATCH = 16
+"""Up to so many rows the last weight copy is checked too."""
 
 # Largest accepted ||y - ref|| / ||ref||. Rounding y to 8 (bf16) or 11 (f16) bits costs 0.3 of a
 # unit in the last place on average, and a peer may also round each weight and sum in another order:
 # a whole unit is three to four times what a right kernel shows, and a scale that is 1 % off is
 # above it. The float32 bound is a thousand roundings.
-_BOUND = {
+BOUND = {
     torch.bfloat16: torch.finfo(torch.bfloat16).eps,
     torch.float16: 2 * torch.finfo(torch.float16).eps,
     torch.float32: 1000 * torch.finfo(torch.float32).eps,
@@ -57,19 +58,29 @@ def check(peer: Peer, x: Tensor) -> float:
     expected = torch.cat([_expected(x[rows], part, peer.rounding) for part in parts], dim=1)
     bound = _bound(x[rows], peer.rounding)
     peer.select()
+    what = f"N={weights.n}, K={weights.k}, M={len(x)}, {weights.format.name}"
     worst = 0.0
     # A large batch takes seconds on a slow peer; by then both copies were checked on a small one.
-    last = peer.applies[-1:] if len(x) <= _SMALL_BATCH else ()
+    last = peer.applies[-1:] if len(x) <= SMALL_BATCH else ()
     for apply in (peer.applies[0], *last):
         got = apply(x)[rows][:, columns].double()
-        error = float((got - expected).norm() / expected.norm())
-        if not error <= bound:
-            raise WrongResultError(
-                f"{peer.label} computes a wrong result: N={weights.n}, K={weights.k}, M={len(x)}, "
-                f"{weights.format.name}: relative error {error:.3g}, allowed {bound:.3g}"
-            )
-        worst = max(worst, error)
+        worst = max(worst, compare(peer.label, what, got, expected, bound))
     return worst
+
+
+def compare(label: str, what: str, got: Tensor, expected: Tensor, bound: float) -> float:
+    """||got - expected|| / ||expected||, both float64, of the kernel `label` on the case `what`.
+
+    Raises:
+        WrongResultError: it is above the bound, or not a number.
+    """
+    error = float((got - expected).norm() / expected.norm())
+    if not error <= bound:
+        raise WrongResultError(
+            f"{label} computes a wrong result: {what}: relative error {error:.3g}, "
+            f"allowed {bound:.3g}"
+        )
+    return error
 
 
 def _expected(x: Tensor, weights: Weights, rounding: Rounding) -> Tensor:
@@ -83,7 +94,7 @@ def _expected(x: Tensor, weights: Weights, rounding: Rounding) -> Tensor:
 
 
 def _bound(x: Tensor, rounding: Rounding) -> float:
-    bound = _BOUND[x.dtype]
+    bound = BOUND[x.dtype]
     if rounding is not Rounding.OWN:
         return bound
     values = x.double()

@@ -6,6 +6,7 @@ import difflib
 from pathlib import Path
 
 from vllm_plugin_tm.bench import cases, plot
+from vllm_plugin_tm.bench.moe_cases import LAYERS, Layer
 from vllm_plugin_tm.bench.schemes import SCHEMES
 from vllm_plugin_tm.quantization.support_matrix import CHANNEL
 
@@ -15,6 +16,12 @@ ALL = "all"
 def shapes(text: str) -> tuple[tuple[int, int], ...]:
     """ "4096x4096,576x576" -> ((4096, 4096), (576, 576)), each N x K."""
     return tuple(_shape(part) for part in text.split(","))
+
+
+def layers(text: str) -> tuple[Layer, ...]:
+    """ "mixtral,8x64x32x2" -> that model's layer and one of 8 experts, hidden 64, intermediate 32,
+    top 2."""
+    return tuple(_layer(part.strip().lower()) for part in text.split(","))
 
 
 def batches(text: str) -> tuple[int, ...]:
@@ -99,6 +106,25 @@ def _shape(text: str) -> tuple[int, int]:
     if int(n) % 8 or int(k) % 8:
         raise argparse.ArgumentTypeError(f"{text!r}: N and K must be multiples of 8")
     return int(n), int(k)
+
+
+def _layer(text: str) -> Layer:
+    if "x" not in text or not text[0].isdecimal():
+        return LAYERS[_one_of(text, tuple(LAYERS), "layer")]
+    sizes = [int(part) if part.isdecimal() else 0 for part in text.split("x")]
+    if len(sizes) != 4 or not all(sizes):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not of the form EXPERTSxHIDDENxINTERMEDIATExTOP_K, for example "
+            "128x2048x768x8"
+        )
+    experts, hidden, intermediate, top_k = sizes
+    if hidden % 8 or intermediate % 8:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: the hidden and the intermediate size must be multiples of 8"
+        )
+    if top_k > experts:
+        raise argparse.ArgumentTypeError(f"{text!r}: top {top_k} of {experts} experts")
+    return Layer(text, experts, hidden, intermediate, top_k)
 
 
 def _group_size(text: str) -> int:

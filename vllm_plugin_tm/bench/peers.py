@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_plugin_tm.bench.cases import OURS, TORCH
+from vllm_plugin_tm.bench.cases import OURS, TORCH, Format
 from vllm_plugin_tm.bench.timing import Step
 from vllm_plugin_tm.bench.weights import Weights, repeated, tensor_bytes
 from vllm_plugin_tm.kernels import ops
@@ -34,27 +34,38 @@ class Rounding(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Peer:
+class Kernel:
+    """Who is timed. `isa` is what our kernel is to run on, "" for others."""
+
+    name: str
+    isa: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.isa}" if self.isa else self.name
+
+    def select(self) -> None:
+        """Makes this kernel's instruction set the one in use; for others nothing."""
+        if self.isa:
+            ops.set_isa(self.isa)
+
+
+@dataclass(frozen=True)
+class Peer(Kernel):
     """A kernel with a rotating set of weight copies.
 
-    `isa` is what our kernel is to run on, "" for others; `weights` what the copies were made from;
-    `weight_bytes` of one copy as the kernel reads it; `applies[i](x)` computes with copy i.
+    `weights` is what the copies were made from, `weight_bytes` of one copy as the kernel reads it;
+    `applies[i](x)` computes with copy i.
     `most_rows`: beyond it a call takes seconds, so that it is not measured there. `lazy`: the first
     call of a copy, or of a batch size, makes what later calls use.
     """
 
-    name: str
-    isa: str
     weights: Weights
     weight_bytes: int
     applies: tuple[Apply, ...]
     rounding: Rounding = Rounding.NONE
     most_rows: int | None = None
     lazy: bool = False
-
-    @property
-    def label(self) -> str:
-        return f"{self.name} {self.isa}" if self.isa else self.name
 
     def step(self, x: Tensor) -> Step:
         """A step for timing: every call uses the next copy."""
@@ -66,22 +77,19 @@ class Peer:
         for apply in self.applies if self.lazy else ():
             apply(x)
 
-    def select(self) -> None:
-        """Makes this peer's instruction set the one in use; for others nothing."""
-        if self.isa:
-            ops.set_isa(self.isa)
 
-
-def pack(weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+def pack(weights: Weights, gate_up: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel layout of our op: weight, scale, and zero point (empty when symmetric), for W8A8
-    the weights' sums instead."""
+    the weights' sums instead. `gate_up`: the first half of the rows are gates of an expert."""
     ops.load()
     namespace = torch.ops.vllm_plugin_tm
     facts = weights.format.facts
     if not facts.grouped:
-        return namespace.w8a8_pack(weights.codes, weights.scale)
+        return namespace.w8a8_pack(weights.codes, weights.scale, gate_up)
     packer = {4: namespace.w4a16_pack, 8: namespace.w8a16_pack}[facts.weight_bits]
-    return packer(weights.codes, weights.scale, weights.zero_point, weights.k, facts.weight_bits)
+    return packer(
+        weights.codes, weights.scale, weights.zero_point, weights.k, facts.weight_bits, gate_up
+    )
 
 
 def ours(weights: Weights, isa: str, llc_bytes: int, name: str = OURS) -> Peer:
@@ -90,9 +98,12 @@ def ours(weights: Weights, isa: str, llc_bytes: int, name: str = OURS) -> Peer:
     size = sum(tensor_bytes(t) for t in first)
     copies = [first, *repeated(lambda: pack(weights), size, llc_bytes)]
     applies = tuple(_linear(weights, *copy) for copy in copies)
-    integers = weights.format.facts.integer_activations
-    rounding = Rounding.CHECKPOINT if integers else Rounding.NONE
-    return Peer(name, isa, weights, size, applies, rounding)
+    return Peer(name, isa, weights, size, applies, our_rounding(weights.format))
+
+
+def our_rounding(form: Format) -> Rounding:
+    """What our kernels do to activations in a format."""
+    return Rounding.CHECKPOINT if form.facts.integer_activations else Rounding.NONE
 
 
 def _linear(weights: Weights, weight: Tensor, scale: Tensor, third: Tensor) -> Apply:

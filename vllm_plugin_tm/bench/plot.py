@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The roofline picture: what each kernel reaches at its intensity, under measured roofs; a panel
-per scheme."""
+per scheme, routed experts apart from linear layers."""
 
 import importlib.util
 import itertools
@@ -8,8 +8,16 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_plugin_tm.bench.cases import OURS, OURS_SYMMETRIC, TORCH, UPSTREAM, UPSTREAM_W8A8
-from vllm_plugin_tm.bench.results import Report, Row
+from vllm_plugin_tm.bench.cases import (
+    OURS,
+    OURS_SYMMETRIC,
+    TORCH,
+    UPSTREAM,
+    UPSTREAM_BF16,
+    UPSTREAM_W8A8,
+)
+from vllm_plugin_tm.bench.figures import Figures
+from vllm_plugin_tm.bench.results import Report
 from vllm_plugin_tm.bench.table import flops_unit
 
 if TYPE_CHECKING:
@@ -17,7 +25,14 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
-_MARKS = {OURS: "o", OURS_SYMMETRIC: "D", UPSTREAM: "s", UPSTREAM_W8A8: "v", TORCH: "^"}
+_MARKS = {
+    OURS: "o",
+    OURS_SYMMETRIC: "D",
+    UPSTREAM: "s",
+    UPSTREAM_W8A8: "v",
+    UPSTREAM_BF16: "P",
+    TORCH: "^",
+}
 _COLORS = (
     "#0b6e4f",
     "#c8553d",
@@ -33,6 +48,7 @@ _NAMES = {
     OURS_SYMMETRIC: "this plugin, symmetric twin",
     UPSTREAM: "upstream vLLM {scheme}",
     UPSTREAM_W8A8: "upstream vLLM W8A8",
+    UPSTREAM_BF16: "upstream vLLM bf16",
     TORCH: "torch F.linear",
 }
 _PANEL = (10.0, 5.9)  # inches
@@ -65,14 +81,14 @@ def save(report: Report, path: Path) -> None:
         raise ValueError(
             f"plot file {path}: expected a name ending in one of {', '.join(SUFFIXES)}"
         )
-    if not report.rows:
+    if not report.figures:
         raise ValueError(f"plot file {path}: the report has no rows to draw")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels = [
-        [row for row in report.rows if row.scheme == name]
-        for name in dict.fromkeys(row.scheme for row in report.rows)
+        [row for row in report.figures if (row.LAYERS, row.scheme) == panel]
+        for panel in dict.fromkeys((row.LAYERS, row.scheme) for row in report.figures)
     ]
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
@@ -90,7 +106,7 @@ def save(report: Report, path: Path) -> None:
     figure.savefig(path, dpi=150 if columns == 1 else 100)
 
 
-def _panel(axes: "Axes", report: Report, rows: list[Row]) -> None:
+def _panel(axes: "Axes", report: Report, rows: list[Figures]) -> None:
     """One scheme: its points under the roofs that bound it."""
     _roofs(axes, report, rows)
     _points(axes, report, rows)
@@ -102,12 +118,14 @@ def _panel(axes: "Axes", report: Report, rows: list[Row]) -> None:
     axes.set_ylabel(unit)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_title(f"{rows[0].format.facts.title} linear layers against the limits of the machine")
+    axes.set_title(
+        f"{rows[0].format.facts.title} {rows[0].LAYERS} against the limits of the machine"
+    )
     axes.grid(visible=True, which="major", color="#dddddd", linewidth=0.6)
     axes.legend(loc="lower right", fontsize=9, framealpha=0.95)
 
 
-def _roofs(axes: "Axes", report: Report, rows: list[Row]) -> None:
+def _roofs(axes: "Axes", report: Report, rows: list[Figures]) -> None:
     """The band between the limits before and after the run, for each roof of these rows."""
     intensities = [row.intensity for row in rows]
     left, right = min(intensities) / 1.5, max(intensities) * 1.5
@@ -130,10 +148,10 @@ def _roofs(axes: "Axes", report: Report, rows: list[Row]) -> None:
     axes.set_ylim(min(row.gflops for row in rows) / 2, highest * 1.5)
 
 
-def _points(axes: "Axes", report: Report, rows: list[Row]) -> None:
+def _points(axes: "Axes", report: Report, rows: list[Figures]) -> None:
     scheme = rows[0].format.facts.title
     # A kernel has one colour in all panels.
-    kernels = dict.fromkeys((row.kernel, row.isa) for row in report.rows)
+    kernels = dict.fromkeys((row.kernel, row.isa) for row in report.figures)
     for (kernel, isa), color in zip(kernels, itertools.cycle(_COLORS), strict=False):
         own = [row for row in rows if (row.kernel, row.isa) == (kernel, isa)]
         if not own:
@@ -156,7 +174,7 @@ def _caption(report: Report) -> str:
         f"{report.machine.summary}",
         f"{report.date}; {', '.join(f'{n} {v}' for n, v in report.machine.versions.items())}",
         f"$ {report.command}",
-        "Points: medians per matrix, format and M; grey bands: limits measured before and after.",
+        "Points: medians per layer, format and batch; grey bands: limits before and after.",
     )
     wrapped = (textwrap.wrap(line, 118, subsequent_indent="  ") for line in lines)
     return "\n".join(line for parts in wrapped for line in parts).replace("$", r"\$")

@@ -1,85 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run yields: rows of figures with the limits beside them, as data and as JSON."""
+"""What a run yields: rows of figures from samples, the whole report, and it as JSON."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from vllm_plugin_tm.bench.cases import Case, Format
+from vllm_plugin_tm.bench.figures import Figures, MoeRow, Row, RowLimits
 from vllm_plugin_tm.bench.limits import Limits
 from vllm_plugin_tm.bench.machine import Machine
+from vllm_plugin_tm.bench.moe_cases import MoeCase
 from vllm_plugin_tm.bench.timing import Samples, ratio
 
 SCHEMA = 2
-
-
-@dataclass(frozen=True)
-class RowLimits:
-    """The limits in the rounds of one case: GB/s (1e9 bytes), GFLOP/s (int8: GOP/s), and whose peak
-    that is."""
-
-    read_gbps: float
-    dot_gflops: float
-    dot_kind: str
-
-
-@dataclass(frozen=True)
-class Row:
-    """One kernel on one case. Times in ms per call; bytes as moved by one call: weights, scales,
-    zero points and sums of weights in the kernel's layout, x and y.
-
-    `speedups`: peer's kernel name -> the peer's time over this one's, the median over rounds of
-    neighbouring samples; only peers that ran.
-    """
-
-    n: int
-    k: int
-    m: int
-    scheme: str
-    group_size: int
-    symmetric: bool
-    dtype: str
-    kernel: str
-    isa: str
-    ms: float
-    ms_p10: float
-    ms_p90: float
-    rounds: int
-    bytes: int
-    flops: int
-    limits: RowLimits
-    speedups: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def format(self) -> Format:
-        return Format(self.group_size, self.symmetric, self.dtype, self.scheme)
-
-    @property
-    def gbps(self) -> float:
-        return self.bytes / self.ms / 1e6
-
-    @property
-    def gflops(self) -> float:
-        return self.flops / self.ms / 1e6
-
-    @property
-    def intensity(self) -> float:
-        """FLOP per byte moved."""
-        return self.flops / self.bytes
-
-    @property
-    def bandwidth_fraction(self) -> float:
-        return self.gbps / self.limits.read_gbps
-
-    @property
-    def dot_fraction(self) -> float:
-        return self.gflops / self.limits.dot_gflops
-
-    @property
-    def roofline_fraction(self) -> float:
-        """Of what the nearer limit allows at this intensity: both limits bound FLOP/s, one by
-        intensity times bandwidth; the larger fraction is that of the smaller bound."""
-        return max(self.bandwidth_fraction, self.dot_fraction)
 
 
 _DERIVED = ("gbps", "gflops", "bandwidth_fraction", "dot_fraction", "roofline_fraction")
@@ -124,6 +57,12 @@ class Report:
     rows: tuple[Row, ...]
     packing: tuple[PackRow, ...]
     skipped: tuple[str, ...]
+    moe: tuple[MoeRow, ...] = ()
+
+    @property
+    def figures(self) -> tuple[Figures, ...]:
+        """All rows of kernels."""
+        return (*self.rows, *self.moe)
 
 
 @dataclass(frozen=True)
@@ -144,34 +83,49 @@ def rows_of(case: Case, measured: list[Measured], limits: RowLimits) -> list[Row
     Everyone is compared with every other kernel; where one ran on several instruction sets, with
     the first.
     """
+    others = _first_of_each(measured)
+    return [Row(n=case.n, k=case.k, **_figures(case, one, others, limits)) for one in measured]
+
+
+def moe_rows_of(
+    case: MoeCase, measured: list[Measured], limits: RowLimits, touched: float
+) -> list[MoeRow]:
+    """As rows_of; the measured bytes are those of `touched` experts."""
+    own = {**asdict(case.layer), "touched": touched}
+    others = _first_of_each(measured)
+    return [MoeRow(**own, **_figures(case, one, others, limits)) for one in measured]
+
+
+def _first_of_each(measured: list[Measured]) -> dict[str, Measured]:
     first: dict[str, Measured] = {}
     for one in measured:
         first.setdefault(one.kernel, one)
-    return [_row(case, one, first, limits) for one in measured]
+    return first
 
 
-def _row(case: Case, own: Measured, others: dict[str, Measured], limits: RowLimits) -> Row:
+def _figures(
+    case: Case | MoeCase, own: Measured, others: dict[str, Measured], limits: RowLimits
+) -> dict[str, Any]:
+    """The fields of Figures."""
     form = case.format
-    return Row(
-        n=case.n,
-        k=case.k,
-        m=case.m,
-        scheme=form.scheme,
-        group_size=form.group_size,
-        symmetric=own.symmetric,
-        dtype=form.dtype,
-        kernel=own.kernel,
-        isa=own.isa,
+    return {
+        "m": case.m,
+        "scheme": form.scheme,
+        "group_size": form.group_size,
+        "symmetric": own.symmetric,
+        "dtype": form.dtype,
+        "kernel": own.kernel,
+        "isa": own.isa,
         **_times(own.samples),
-        bytes=own.weight_bytes + case.activation_bytes,
-        flops=case.flops,
-        limits=limits,
-        speedups={
+        "bytes": own.weight_bytes + case.activation_bytes,
+        "flops": case.flops,
+        "limits": limits,
+        "speedups": {
             kernel: ratio(other.samples, own.samples)
             for kernel, other in others.items()
             if kernel != own.kernel
         },
-    )
+    }
 
 
 def pack_row(case: Case, samples: Samples, disk_bytes: int, resident_ratio: float) -> PackRow:
@@ -202,7 +156,7 @@ def _times(samples: Samples) -> dict[str, Any]:  # Any: the counts are int, the 
 def to_json(report: Report) -> str:
     """The report with the derived figures written out, so that a reader needs no formulas."""
     data = {"schema": SCHEMA, **asdict(report)}
-    for target, row in zip(data["rows"], report.rows, strict=True):
+    for target, row in zip((*data["rows"], *data["moe"]), report.figures, strict=True):
         target.update({name: getattr(row, name) for name in _DERIVED})
     for target, pack in zip(data["packing"], report.packing, strict=True):
         target["gbps"] = pack.gbps
@@ -227,12 +181,15 @@ def from_json(text: str) -> Report:
         machine=machine_from(data["machine"]),
         before=_build(Limits, data["before"]),
         after=_build(Limits, data["after"]),
-        rows=tuple(
-            _build(Row, {**row, "limits": _build(RowLimits, row["limits"])}) for row in data["rows"]
-        ),
+        rows=_rows(Row, data["rows"]),
         packing=tuple(_build(PackRow, row) for row in data["packing"]),
         skipped=tuple(data["skipped"]),
+        moe=_rows(MoeRow, data.get("moe", [])),  # older files have none
     )
+
+
+def _rows(kind: type, data: list[dict[str, Any]]) -> tuple[Any, ...]:
+    return tuple(_build(kind, {**row, "limits": _build(RowLimits, row["limits"])}) for row in data)
 
 
 def machine_from(data: dict[str, Any]) -> Machine:

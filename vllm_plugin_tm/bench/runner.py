@@ -1,92 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run: prepare each matrix, gate, time in turns beside the limits, collect."""
+"""A run on linear layers: prepare each matrix, gate, time in turns beside the limits, collect."""
 
-import datetime
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import torch
 
-from vllm_plugin_tm.bench import guard, machine, peers, results, timing, upstream
+from vllm_plugin_tm.bench import guard, peers, results, rounds, timing, upstream
 from vllm_plugin_tm.bench.cases import OURS, OURS_SYMMETRIC, TORCH, UPSTREAM, UPSTREAM_W8A8, Case
-from vllm_plugin_tm.bench.limits import LimitLoops, dot_kind
 from vllm_plugin_tm.bench.weights import DTYPES, Weights, random_weights, tensor_bytes
-from vllm_plugin_tm.kernels import ops
-
-_READ, _DOT = "limit: read", "limit: dot"
-
-Progress = Callable[[int, int, str], None]
-"""Called with cases done, cases in all, and what comes next."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What to run. `isas` are for our kernel, best first; `command` goes into the report.
+@dataclass(frozen=True, kw_only=True)
+class Plan(rounds.Plan):
+    """What to run.
 
     `more` makes further peers from (weights, bytes of the last-level cache); it may raise
     peers.UnavailableError.
     """
 
     cases: tuple[Case, ...]
-    kernels: tuple[str, ...]
-    isas: tuple[str, ...]
-    threads: int
-    effort: timing.Effort
-    command: str
     more: tuple[Callable[[Weights, int], peers.Peer], ...] = ()
 
 
-@dataclass
-class _Collected:
-    rows: list[results.Row] = field(default_factory=list)
-    packing: list[results.PackRow] = field(default_factory=list)
-    skipped: dict[str, None] = field(default_factory=dict)  # ordered, each reason once
-
-
-def run(plan: Plan, progress: Progress = lambda done, total, label: None) -> results.Report:
+def run(plan: Plan, progress: rounds.Progress = lambda done, total, label: None) -> results.Report:
     """Measures the plan.
 
     Raises:
         ops.ExtensionMissingError: the limit loops and our kernel are in the extension.
         guard.WrongResultError: our kernel's result is wrong; a peer's is skipped and listed.
     """
-    ops.load()
-    torch.set_num_threads(plan.threads)
-    here = machine.describe(plan.threads)
-    loops = LimitLoops(here.llc_bytes)
-    found = _Collected()
-    before = loops.measure()
-    isa = ops.get_isa()
-    try:
-        done = 0
-        for cases in _by_matrix(plan.cases):
-            first = cases[0]
-            label = f"{first.n}x{first.k}, {first.format.name}"
-            progress(done, len(plan.cases), label)
-            weights = random_weights(first.n, first.k, first.format)
-            if OURS in plan.kernels:
-                found.packing.append(_pack(first, weights, here.llc_bytes, plan.effort))
-            everyone = list(_peers(plan, weights, here.llc_bytes, found))
-            for case in cases:
-                progress(done, len(plan.cases), f"{label}, M={case.m}")
-                _measure(case, everyone, loops, plan.effort, found)
-                done += 1
-    finally:
-        if isa in ops.cpu_isas():
-            ops.set_isa(isa)
+    return rounds.report(plan, partial(_measure_all, plan, progress))
+
+
+def _measure_all(plan: Plan, progress: rounds.Progress, run: rounds.Run) -> None:
+    done = 0
+    for cases in _by_matrix(plan.cases):
+        first = cases[0]
+        label = f"{first.n}x{first.k}, {first.format.name}"
+        progress(done, len(plan.cases), label)
+        weights = random_weights(first.n, first.k, first.format)
+        if OURS in plan.kernels:
+            run.packing.append(_pack(first, weights, run.llc_bytes, plan.effort))
+        everyone = list(run.available(_makers(plan, weights, run.llc_bytes)))
+        for case in cases:
+            progress(done, len(plan.cases), f"{label}, M={case.m}")
+            _measure(case, everyone, run)
+            done += 1
     progress(done, len(plan.cases), "limits again")
-    return results.Report(
-        date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        command=plan.command,
-        machine=here,
-        before=before,
-        after=loops.measure(),
-        rows=tuple(found.rows),
-        packing=tuple(found.packing),
-        skipped=tuple(found.skipped),
-    )
 
 
 def _by_matrix(cases: tuple[Case, ...]) -> Iterator[list[Case]]:
@@ -95,12 +59,12 @@ def _by_matrix(cases: tuple[Case, ...]) -> Iterator[list[Case]]:
         yield list(same)
 
 
-def _peers(plan: Plan, weights: Weights, llc: int, found: _Collected) -> Iterator[peers.Peer]:
+def _makers(plan: Plan, weights: Weights, llc: int) -> Iterator[Callable[[], peers.Peer]]:
     if OURS in plan.kernels:
         for isa in plan.isas:
-            yield peers.ours(weights, isa, llc)
+            yield partial(peers.ours, weights, isa, llc)
         if not weights.format.symmetric:
-            yield peers.ours(weights.symmetric(), plan.isas[0], llc, OURS_SYMMETRIC)
+            yield partial(peers.ours, weights.symmetric(), plan.isas[0], llc, OURS_SYMMETRIC)
     beside = UPSTREAM_W8A8 in plan.kernels and weights.format.scheme == "w4a8"
     makers = [
         *([upstream.upstream] if UPSTREAM in plan.kernels else []),
@@ -108,68 +72,36 @@ def _peers(plan: Plan, weights: Weights, llc: int, found: _Collected) -> Iterato
         *([peers.torch_linear] if TORCH in plan.kernels else []),
         *plan.more,
     ]
-    for make in makers:
-        try:
-            yield make(weights, llc)
-        except peers.UnavailableError as reason:
-            found.skipped[str(reason)] = None
+    yield from (partial(make, weights, llc) for make in makers)
 
 
-def _measure(
-    case: Case,
-    everyone: list[peers.Peer],
-    loops: LimitLoops,
-    effort: timing.Effort,
-    found: _Collected,
-) -> None:
+def _measure(case: Case, everyone: list[peers.Peer], run: rounds.Run) -> None:
     generator = torch.Generator().manual_seed(case.m)
     x = torch.randn(case.m, case.k, generator=generator).to(DTYPES[case.format.dtype])
-    able = {peer.label: peer for peer in everyone if _takes(peer, x, found)}
-    for peer in able.values():
+    able = [peer for peer in everyone if _takes(peer, x, run)]
+    for peer in able:
         peer.warm(x)
-    kind = dot_kind(case.format, loops.dot_flops)
-    steps = {label: peer.step(x) for label, peer in able.items()}
-    steps |= {_READ: loops.read, _DOT: loops.dot(kind)}
-
-    def before(label: str) -> None:
-        if label in able:
-            able[label].select()
-
-    samples = timing.time_in_turns(steps, effort, before)
-    limits = results.RowLimits(
-        read_gbps=loops.read_bytes / samples[_READ].median / 1e9,
-        dot_gflops=loops.dot_flops(kind) / samples[_DOT].median / 1e9,
-        dot_kind=kind,
-    )
+    samples, limits = run.time(case.format, able, [peer.step(x) for peer in able])
     measured = [
         results.Measured(
             peer.name,
             peer.isa,
             case.format.symmetric or peer.name == OURS_SYMMETRIC,
             peer.weight_bytes,
-            samples[label],
+            own,
         )
-        for label, peer in able.items()
+        for peer, own in zip(able, samples, strict=True)
     ]
-    found.rows += results.rows_of(case, measured, limits)
+    run.rows += results.rows_of(case, measured, limits)
 
 
-def _takes(peer: peers.Peer, x: torch.Tensor, found: _Collected) -> bool:
-    """Whether the peer is timed on x. Ours must be right; of a peer it is noted and the peer left
-    out."""
+def _takes(peer: peers.Peer, x: torch.Tensor, run: rounds.Run) -> bool:
+    """Whether the peer is timed on x."""
     if peer.most_rows is not None and len(x) > peer.most_rows:
         title = peer.weights.format.facts.title
-        reason = f"{peer.label}: {title} beyond M={peer.most_rows}: a call takes up to seconds"
-        found.skipped[reason] = None
+        run.skip(f"{peer.label}: {title} beyond M={peer.most_rows}: a call takes up to seconds")
         return False
-    try:
-        guard.check(peer, x)
-    except guard.WrongResultError as error:
-        if peer.isa:
-            raise
-        found.skipped[str(error)] = None
-        return False
-    return True
+    return run.is_right(peer, lambda: guard.check(peer, x))
 
 
 def _pack(case: Case, weights: Weights, llc_bytes: int, effort: timing.Effort) -> results.PackRow:

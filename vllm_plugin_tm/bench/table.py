@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_plugin_tm.bench.cases import OURS, OURS_SYMMETRIC, Format
+from vllm_plugin_tm.bench.figures import Figures, MoeRow
 from vllm_plugin_tm.bench.limits import Limits, drift
-from vllm_plugin_tm.bench.results import PackRow, Report, Row
+from vllm_plugin_tm.bench.results import PackRow, Report
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Column:
     """A heading and how a row fills it."""
 
     title: str
-    cell: Callable[[Row], str]
+    cell: Callable[[Figures], str]
 
 
 def percent(fraction: float) -> str:
@@ -41,7 +42,6 @@ def milliseconds(value: float) -> str:
 FLOPS = "GFLOP/s"
 
 COLUMNS = (
-    Column("M", lambda row: str(row.m)),
     Column("kernel", lambda row: f"{row.kernel} {row.isa}".strip()),
     Column("ms", lambda row: milliseconds(row.ms)),
     Column("p10-p90", lambda row: f"{milliseconds(row.ms_p10)}-{milliseconds(row.ms_p90)}"),
@@ -60,15 +60,15 @@ _LOAD = 0.5
 PACK_TITLES = ("N x K", "format", "ms", "p10-p90", "GB/s of codes", "resident / disk bytes")
 
 
-def sections(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
-    """Rows by matrix and format, in their order, each with its heading. The symmetric twin of an
-    asymmetric case stays with that case."""
+def sections(rows: Iterable[Figures]) -> list[tuple[str, list[Figures]]]:
+    """Rows by matrix or layer and format, in their order, each with its heading. The symmetric twin
+    of an asymmetric case stays with that case."""
 
-    def key(row: Row) -> tuple[int, int, Format]:
+    def key(row: Figures) -> tuple[str, Format]:
         twin = row.kernel == OURS_SYMMETRIC
-        return row.n, row.k, replace(row.format, symmetric=row.symmetric and not twin)
+        return row.heading, replace(row.format, symmetric=row.symmetric and not twin)
 
-    return [(f"{n} x {k}, {form.name}", list(same)) for (n, k, form), same in groupby(rows, key)]
+    return [(f"{what}, {form.name}", list(same)) for (what, form), same in groupby(rows, key)]
 
 
 def pack_cells(row: PackRow) -> tuple[str, ...]:
@@ -83,15 +83,26 @@ def pack_cells(row: PackRow) -> tuple[str, ...]:
     )
 
 
-def columns_for(rows: list[Row]) -> tuple[Column, ...]:
-    """COLUMNS, and one for each peer that any of the rows, of one format, is compared with."""
+def columns_for(rows: list[Figures]) -> tuple[Column, ...]:
+    """The batch, COLUMNS, and one for each peer that any of the rows, of one format, is compared
+    with."""
     names = dict.fromkeys(name for row in rows for name in row.speedups if name != OURS)
     unit = flops_unit(rows[0])
     own = (replace(column, title=unit) if column.title == FLOPS else column for column in COLUMNS)
-    return (*own, *(_speedup_column(name) for name in names))
+    return (*batch_columns(rows[0]), *own, *(_speedup_column(name) for name in names))
 
 
-def flops_unit(row: Row) -> str:
+def batch_columns(row: Figures) -> tuple[Column, ...]:
+    """Rows of activations; of routed experts also how many of them these touch."""
+    batch = Column(row.BATCH, lambda row: str(row.m))
+    return (batch, Column("experts", _touched)) if isinstance(row, MoeRow) else (batch,)
+
+
+def _touched(row: Figures) -> str:
+    return f"{row.touched:.1f}" if isinstance(row, MoeRow) else ""
+
+
+def flops_unit(row: Figures) -> str:
     """What operations per second are called: integers are no floating-point numbers."""
     return "GOP/s" if row.format.facts.integer_activations else FLOPS
 
@@ -100,7 +111,7 @@ def _speedup_column(name: str) -> Column:
     if name != OURS_SYMMETRIC:
         return Column(f"x {name}", lambda row: times(row.speedups.get(name)))
 
-    def cell(row: Row) -> str:  # of interest for the same kernel only
+    def cell(row: Figures) -> str:  # of interest for the same kernel only
         return times(row.speedups.get(name)) if row.kernel == OURS else ""
 
     return Column("x symmetric", cell)
@@ -147,9 +158,9 @@ def width(tables: list[Table]) -> int:
 
 
 def rich_tables(report: Report) -> list[Table]:
-    """One table per matrix and format, and one for packing."""
+    """One table per matrix or layer and format, and one for packing."""
     tables = []
-    for title, rows in sections(report.rows):
+    for title, rows in sections(report.figures):
         columns = columns_for(rows)
         table = _table(title)
         for column in columns:

@@ -2,33 +2,60 @@
 """`vllm-tm bench`: options, progress and tables; measuring is in vllm_plugin_tm/bench."""
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vllm_plugin_tm.bench import cases, machine, options, plot, schemes
+from vllm_plugin_tm.bench import cases, machine, moe_cases, options, plot, schemes
 from vllm_plugin_tm.bench import timing as effort
 from vllm_plugin_tm.kernels import ops
+
+if TYPE_CHECKING:
+    from vllm_plugin_tm.bench.results import Report
+    from vllm_plugin_tm.bench.rounds import Progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `vllm-tm bench`."""
     add = parser.add_argument
-    add("--shapes", type=options.shapes, metavar="NxK,...", help="output x input sizes")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--shapes",
+        type=options.shapes,
+        metavar="NxK,...",
+        help="output x input sizes of linear layers",
+    )
+    what.add_argument(
+        "--moe",
+        type=options.layers,
+        nargs="?",
+        const=(),
+        metavar="LAYER,...",
+        help=f"layers of routed experts instead, of {', '.join(moe_cases.LAYERS)} (default: all) "
+        "or EXPERTSxHIDDENxINTERMEDIATExTOP_K",
+    )
     add(
         "--scheme",
         type=options.schemes,
         metavar="NAME,...",
         help=f"of {', '.join(schemes.SCHEMES)}, or all (default: all in a run without shapes, "
-        f"batch and group sizes, {schemes.USUAL_SCHEME} in any other)",
+        f"batch and group sizes, {schemes.USUAL_SCHEME} in any other; all of routed experts is "
+        f"{', '.join(moe_cases.MOE_SCHEMES)})",
     )
-    add("--m", type=options.batches, metavar="M,...", help="rows of activations")
+    add(
+        "--m",
+        type=options.batches,
+        metavar="M,...",
+        help="rows of activations, tokens of routed experts",
+    )
     add(
         "--group-size",
         type=options.group_sizes,
@@ -55,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--quick",
         action="store_true",
-        help="three shapes, four batch sizes: under a minute for a scheme",
+        help="three shapes, four batch sizes: under a minute for a scheme; one layer of experts",
     )
     add("--json", type=options.output_file, metavar="FILE", help="write all figures")
     add("--plot", type=options.plot_file, metavar="FILE", help="write a roofline picture")
@@ -63,31 +90,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, more: tuple[Callable, ...] = ()) -> int:
     """Measures and prints: 0 when done, 1 when our kernel computes a wrong result, 2 when the
-    request cannot be carried out here. `more` are further peers: runner.Plan.more."""
+    request cannot be carried out here. `more` are further peers of linear layers:
+    runner.Plan.more."""
     errors = Console(stderr=True, soft_wrap=True)
     try:
         if args.plot:
             plot.require()
         ops.load()
-        isas = _isas(args.isa)
-        chosen = _cases(args)
+        measure = _planned(args, more)
     except (ValueError, ops.ExtensionMissingError, plot.PlotUnavailableError) as error:
         errors.print(f"vllm-tm bench: {error}", highlight=False, markup=False)
         return 2
-    from vllm_plugin_tm.bench import guard, results, runner, table
+    from vllm_plugin_tm.bench import guard, results, table
 
-    plan = runner.Plan(
-        cases=tuple(chosen),
-        kernels=args.kernels,
-        isas=isas,
-        threads=args.threads or len(machine.usable_cpus()),
-        effort=effort.QUICK if args.quick else effort.FULL,
-        command=_command(),
-        more=more,
-    )
     try:
         with _progress(errors) as progress:
-            report = runner.run(plan, progress)
+            report = measure(progress)
     except guard.WrongResultError as error:
         errors.print(f"vllm-tm bench: {error}", highlight=False, markup=False)
         return 1
@@ -112,6 +130,37 @@ def run(args: argparse.Namespace, more: tuple[Callable, ...] = ()) -> int:
     return 0
 
 
+def _planned(
+    args: argparse.Namespace, more: tuple[Callable, ...]
+) -> Callable[["Progress"], "Report"]:
+    """The run that was asked for.
+
+    Raises:
+        ValueError: nothing here can carry it out.
+    """
+    from vllm_plugin_tm.bench import moe_runner, runner
+
+    how = {
+        "kernels": args.kernels,
+        "isas": _isas(args.isa),
+        "threads": args.threads or len(machine.usable_cpus()),
+        "effort": effort.QUICK if args.quick else effort.FULL,
+        "command": _command(),
+    }
+    if args.moe is None:
+        plan = runner.Plan(cases=tuple(_cases(args)), more=more, **how)
+        return partial(runner.run, plan)
+    if more:
+        raise ValueError("--moe: the other engine is measured on linear layers only")
+    if not set(args.kernels) & set(moe_runner.KERNELS):
+        raise ValueError(
+            f"--kernels: of routed experts there are {', '.join(moe_runner.KERNELS)}, "
+            f"given {', '.join(args.kernels)}"
+        )
+    moe_plan = moe_runner.Plan(cases=tuple(_moe_cases(args)), **how)
+    return partial(moe_runner.run, moe_plan)
+
+
 def _command() -> str:
     """The command line as a user would type it."""
     script = Path(sys.argv[0]).name
@@ -126,34 +175,55 @@ def _isas(text: str | None) -> tuple[str, ...]:
 
 
 def _cases(args: argparse.Namespace) -> list[cases.Case]:
-    symmetries = (True, False) if args.both else (not args.asymmetric,)
-    asked = any((args.shapes, args.m, args.group_size, args.asymmetric, args.both))
-    every = tuple(schemes.SCHEMES)
-    chosen = args.scheme or ((schemes.USUAL_SCHEME,) if asked or args.quick else every)
-    dtypes = args.dtype or ("bf16",)
-    if asked or args.quick:
+    chosen, dtypes = _schemes(args, tuple(schemes.SCHEMES)), args.dtype or ("bf16",)
+    if _asked(args) or args.quick:
         return cases.chosen_cases(
-            chosen, args.shapes, args.m, args.group_size, symmetries, dtypes, args.quick
+            chosen, args.shapes, args.m, args.group_size, _symmetries(args), dtypes, args.quick
         )
     return [case for dtype in dtypes for case in cases.default_cases(chosen, dtype)]
 
 
+def _moe_cases(args: argparse.Namespace) -> list[moe_cases.MoeCase]:
+    chosen, dtypes = _schemes(args, moe_cases.MOE_SCHEMES), args.dtype or ("bf16",)
+    return moe_cases.chosen_cases(
+        chosen, args.moe, args.m, args.group_size, _symmetries(args), dtypes, args.quick
+    )
+
+
+def _asked(args: argparse.Namespace) -> bool:
+    """Whether matrices and formats are those that were asked for, not those of a default run."""
+    return any((args.shapes, args.m, args.group_size, args.asymmetric, args.both))
+
+
+def _schemes(args: argparse.Namespace, every: tuple[str, ...]) -> tuple[str, ...]:
+    return args.scheme or ((schemes.USUAL_SCHEME,) if _asked(args) or args.quick else every)
+
+
+def _symmetries(args: argparse.Namespace) -> tuple[bool, ...]:
+    return (True, False) if args.both else (not args.asymmetric,)
+
+
 @contextmanager
-def _progress(console: Console) -> Iterator:  # yields a runner.Progress
-    """A bar on a terminal; elsewhere a line per matrix, so that a log stays short."""
+def _progress(console: Console) -> Iterator["Progress"]:
+    """A bar on a terminal; elsewhere a line per matrix or layer, so that a log stays short."""
     if not console.is_terminal:
         seen: set[str] = set()
 
         def line(done: int, total: int, label: str) -> None:
-            matrix = label.partition(", M=")[0]
+            matrix = re.split(", [MT]=", label)[0]
             if matrix not in seen:
                 seen.add(matrix)
                 console.print(f"[{done}/{total}] {matrix}", highlight=False, markup=False)
 
         yield line
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+    )
+    with bars.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("limits", total=None)
 
         def update(done: int, total: int, label: str) -> None:
