@@ -19,22 +19,28 @@ def _fresh(monkeypatch):
 
 
 SCHEMES = envs.SCHEMES
+KERNELS = (*SCHEMES, *(f"{scheme}_moe" for scheme in SCHEMES))
+
+
+def op_of(kernel):
+    """The op that a self-test is of."""
+    return kernel if kernel.endswith("_moe") else f"{kernel}_linear"
 
 
 def test_every_scheme_has_a_test():
-    assert set(selftest._TESTS) == set(envs.SCHEMES)
+    assert set(selftest.kernels()) == set(KERNELS)
     with pytest.raises(KeyError):
         selftest.run("w2a2")
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_every_instruction_set_passes(scheme):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_instruction_set_passes(kernel):
     for isa in ops.cpu_isas():
         ops.set_isa(isa)
-        result = selftest.run(scheme)
+        result = selftest.run(kernel)
         assert result.ok, result
         assert result.isa == isa
-        assert result.kernel == f"{scheme}_linear"
+        assert result.kernel == op_of(kernel)
         assert 0 < result.error <= 1
 
 
@@ -72,6 +78,29 @@ def test_wrong_kernels_are_refused_loudly(monkeypatch, scheme, change):
         selftest.require(scheme)
     with pytest.raises(selftest.SelfTestError):  # a failure is not remembered as a pass
         selftest.require(scheme)
+
+
+def other_channels(y, x):
+    return y.roll(1, -1)
+
+
+def nan_of_many(y, x):
+    y = y.clone()
+    if x.shape[0] == 50:
+        y[49, 71] = float("nan")
+    return y
+
+
+@pytest.mark.parametrize("change", [lambda y, x: y * 1.02, other_channels, nan_of_many])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_wrong_experts_are_refused_loudly(monkeypatch, scheme, change):
+    name = f"{scheme}_moe"
+    right = getattr(torch.ops.vllm_plugin_tm, name)
+    monkeypatch.setattr(
+        torch.ops.vllm_plugin_tm, name, lambda x, *others: change(right(x, *others), x)
+    )
+    with pytest.raises(selftest.SelfTestError, match=rf"{name} on {ops.get_isa()} failed"):
+        selftest.require(name)
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ if not ops.is_available():
 
 from vllm.model_executor import model_loader
 from vllm.model_executor.kernels import linear
+from vllm.model_executor.layers.quantization import auto_gptq
 from vllm.platforms import PlatformEnum
 
-from vllm_plugin_tm.patch import apply
+from vllm_plugin_tm.patch import apply, moe_methods
 
 
 def upstream_state():
@@ -26,6 +27,7 @@ def upstream_state():
         list(linear._POSSIBLE_KERNELS[PlatformEnum.CPU]),
         list(linear._POSSIBLE_INT8_KERNELS[PlatformEnum.CPU]),
         dict(model_loader._LOAD_FORMAT_TO_MODEL_LOADER),
+        [getattr(importlib.import_module(module), name) for module, name, _ in moe_methods._MIXINS],
     )
 
 
@@ -45,19 +47,23 @@ def test_apply_is_idempotent_and_read_back():
     assert [(row.name, row.applied, row.problems) for row in apply.status()] == [
         ("mixed_precision", True, ()),
         ("scaled_mm", True, ()),
+        ("moe_methods", True, ()),
         ("model_loader", True, ()),
     ]
 
 
-def test_status_tells_what_is_not_applied():
-    assert [row.applied for row in apply.status()] == [False, False, False]
+def test_status_tells_what_is_not_applied(monkeypatch):
+    assert [row.applied for row in apply.status()] == [False] * 4
     apply.apply()
     linear._POSSIBLE_KERNELS[PlatformEnum.CPU].reverse()
-    assert [row.applied for row in apply.status()] == [False, True, True]
+    assert [row.applied for row in apply.status()] == [False, True, True, True]
     linear._POSSIBLE_KERNELS[PlatformEnum.CPU].reverse()
     linear._POSSIBLE_INT8_KERNELS[PlatformEnum.CPU].reverse()
-    assert [row.applied for row in apply.status()] == [True, False, True]
+    assert [row.applied for row in apply.status()] == [True, False, True, True]
     linear._POSSIBLE_INT8_KERNELS[PlatformEnum.CPU].reverse()
+    monkeypatch.setattr(auto_gptq, "AutoGPTQMoEMethod", auto_gptq.AutoGPTQMoEMethod.__bases__[-1])
+    assert [row.applied for row in apply.status()] == [True, True, False, True]
+    monkeypatch.undo()
 
 
 def test_every_expectation_holds_in_the_installed_vllm():

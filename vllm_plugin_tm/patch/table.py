@@ -106,6 +106,11 @@ PATCHES: tuple[Patch, ...] = (
             "AutoGPTQMoEMethod and AutoAWQMoEMethod under the same names in their modules"
         ),
         expects={
+            f"{_CT_MOE}_wna16:CompressedTensorsWNA16MoEMethod": (
+                "(weight_quant, input_quant, moe, layer_name=None)"
+            )
+        }
+        | {
             f"{module}:{name}.{member}": signature
             for module, name, constructor in (
                 (f"{_CT_MOE}_wna16", "CompressedTensorsWNA16MoEMethod", _MOE_INIT),
