@@ -33,6 +33,7 @@ from workers import (
 )
 
 from vllm_plugin_tm.bench import limits, machine
+from vllm_plugin_tm.kernels import ops
 
 SCHEMA = 2
 LLAMACPP = "llama.cpp Q4_0"
@@ -161,6 +162,7 @@ def _measure(running: list[Worker], args: argparse.Namespace) -> dict[str, dict[
 def _bound(threads: int) -> dict[str, float]:
     """Decode steps per second if reading weights were all of it: at what memory yields now, when
     the engines have ended."""
+    ops.load()
     read = limits.LimitLoops(machine.describe(threads).llc_bytes).measure().read_gbps
     step = qwen3_30b.bytes_per_token()
     return {"read_gbps": read, "bytes_per_token": step, "tokens_per_s": read * 1e9 / step}

@@ -15,6 +15,7 @@ import llama_1b
 import pytest
 import qwen3_30b
 import workers
+from bench_formats import needs_extension
 
 BOUND = {"read_gbps": 30.0, "bytes_per_token": 1.5e9, "tokens_per_s": 20.0}
 
@@ -151,6 +152,15 @@ def test_experts_of_the_other_model_are_quantized_and_routers_are_not(tmp_path):
     assert ignore == ["lm_head", r"re:.*\.gate$"]
     # 8 experts and the attention of 48 layers at 4.125 bits, routers and head in bf16.
     assert qwen3_30b.bytes_per_token() == pytest.approx(2.06e9, rel=0.01)
+
+
+@needs_extension
+def test_what_memory_bounds_a_decode_step_to():
+    bound = end_to_end._bound(1)
+    assert bound["read_gbps"] > 0
+    assert bound["tokens_per_s"] == pytest.approx(
+        bound["read_gbps"] * 1e9 / qwen3_30b.bytes_per_token()
+    )
 
 
 def test_engine_names_are_checked():
