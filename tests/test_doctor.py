@@ -42,8 +42,10 @@ def test_the_command_is_green_and_prints_nothing_but_json():
     found = {check["name"]: check for group in report["sections"].values() for check in group}
     for isa in ops.cpu_isas():
         for scheme in envs.SCHEMES:
-            assert found[f"{scheme}_linear {isa}"]["state"] == "ok"
-    assert found["mixed_precision"]["detail"].startswith("not applied")
+            for kind in ("linear", "moe"):
+                assert found[f"{scheme}_{kind} {isa}"]["state"] == "ok"
+    for patch in ("mixed_precision", "scaled_mm", "moe_methods", "model_loader"):
+        assert found[patch]["detail"].startswith("not applied")
 
 
 @needs_extension
@@ -53,6 +55,9 @@ def test_with_the_switch_on_patches_are_shown_as_applied(monkeypatch, capsys, pa
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert "applied: registry vllm.model_executor.kernels.linear:_POSSIBLE_KERNELS" in text
+    assert text.count("applied: ") == 4
+    assert "applied: subclass " in text
+    assert "CompressedTensorsWNA16MoEMethod" in text
     assert text.rstrip().endswith("Everything works.")
 
 

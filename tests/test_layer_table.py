@@ -23,7 +23,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.scalar_type import scalar_types
 
-from vllm_plugin_tm import envs, layer_table
+from vllm_plugin_tm import envs, layer_table, selftest
 from vllm_plugin_tm.layer_table import Row
 from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_w4a8_int import (
     TMW4A8IntLinearKernel,
@@ -34,6 +34,9 @@ from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_w
 from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_wNa16 import (
     TMWNA16LinearKernel,
 )
+from vllm_plugin_tm.quantization.experts_kernel import Activation, Names, TMExpertsKernel
+from vllm_plugin_tm.quantization.experts_method import TMExpertsMethod
+from vllm_plugin_tm.quantization.support_matrix import MoeRequest
 
 
 def method(name, **attributes):
@@ -145,6 +148,33 @@ def test_layers_of_every_kernel_of_ours(monkeypatch, tm, upstreams, note):
     monkeypatch.setenv(envs.TAKEN_SCHEMES.name, "w4a16")
     (row,) = layer_table.collect(root)
     assert (row.on_tm, "is not among the schemes to take" in row.note) == (False, True)
+
+
+def test_experts_that_are_ours_and_experts_that_are_not(monkeypatch):
+    monkeypatch.setattr(selftest, "require", lambda scheme: None)
+    request = MoeRequest("w4a8", "int4", False, 32, "bfloat16", 64, 64, 64, "silu")
+    ours = TMExpertsKernel(request, Activation("swiglu"), Names("weight", "weight_scale"))
+    cls = type("CompressedTensorsW4A8Int8MoEMethod", (TMExpertsMethod, QuantizeMethodBase), {})
+    cls.__abstractmethods__ = frozenset()
+    root = torch.nn.Module()
+    root.a, root.b = module(cls()), module(cls())
+    root.a.quant_method.kernel = ours
+    root.b.quant_method.note = "activation (relu2) not supported"
+    assert layer_table.collect(root) == [
+        Row(
+            scheme=cls.__name__,
+            kernel="TMExpertsKernel",
+            on_tm=True,
+            isa=ops.get_isa(),
+            group_size=32,
+            note="int8 activations, per token",
+            count=1,
+            example="a",
+        ),
+        Row(cls.__name__, "-", False, "", None, "activation (relu2) not supported", 1, "b"),
+    ]
+    assert layer_table.tm_kernel_of(root.a) is ours
+    assert layer_table.tm_kernel_of(root.b) is None
 
 
 def test_ours_come_first_and_the_title_counts(model):

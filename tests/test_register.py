@@ -19,9 +19,12 @@ needs_extension = pytest.mark.skipif(not ops.is_available(), reason="the extensi
 SNAPSHOT = """
 def snapshot():
     import vllm.envs
+    from importlib import import_module
     from vllm.model_executor import model_loader
     from vllm.model_executor.kernels import linear
     from vllm.platforms import PlatformEnum
+    methods = "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe"
+    methods += ".compressed_tensors_moe"
     kernels = linear._POSSIBLE_KERNELS
     loaders = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
     return (
@@ -29,6 +32,12 @@ def snapshot():
         id(loaders), [(k, id(v)) for k, v in loaders.items()],
         id(linear.choose_mp_linear_kernel), id(linear.MPLinearKernel),
         id(vllm.envs.environment_variables),
+        [
+            id(getattr(import_module(f"{methods}_{module}"), f"CompressedTensors{name}MoEMethod"))
+            for module, name in (
+                ("wna16", "WNA16"), ("w8a8_int8", "W8A8Int8"), ("w4a8_int8", "W4A8Int8")
+            )
+        ],
     )
 """
 
@@ -117,7 +126,7 @@ def test_on_applies_everything_once():
         "vllm_plugin_tm.register(); once = snapshot(); assert once != upstream\n"
         "vllm_plugin_tm.register(); assert snapshot() == once\n"
         "from vllm_plugin_tm.patch import apply\n"
-        "assert [row.applied for row in apply.status()] == [True, True, True], apply.status()\n"
+        "assert all(row.applied for row in apply.status()), apply.status()\n"
         "kernels = linear._POSSIBLE_KERNELS[PlatformEnum.CPU]\n"
         "assert kernels[0].__name__ == 'TMWNA16LinearKernel' and kernels[2:] == upstream_list\n"
         "current_platform.validate_environ(True)\n"
@@ -126,7 +135,7 @@ def test_on_applies_everything_once():
         "apply.remove(); assert snapshot() == upstream\n"
         # An untested version is a warning, and the patches are still made.
         "import vllm; vllm.__version__ = '0.99.0'; vllm_plugin_tm.register()\n"
-        "assert [row.applied for row in apply.status()] == [True, True, True]\n",
+        "assert all(row.applied for row in apply.status()), apply.status()\n",
         VLLM_PLUGIN_TM="1",
     )
     assert output.count("0.99.0 is not a version that vllm-plugin-tm was tested with") == 1
@@ -143,10 +152,11 @@ def test_a_spawned_process_reports_its_own_patches():
         "    from vllm.plugins import load_general_plugins\n"
         "    load_general_plugins()\n"
         "    from vllm_plugin_tm.patch import apply\n"
-        "    return [row.applied for row in apply.status()]\n"
+        "    return [row.name for row in apply.status() if row.applied]\n"
         "if __name__ == '__main__':\n"
         "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
-        "        assert pool.apply(work) == [True, True, True]\n",
+        "        assert pool.apply(work) == [\n"
+        "            'mixed_precision', 'scaled_mm', 'moe_methods', 'model_loader']\n",
         VLLM_PLUGIN_TM="1",
     )
 

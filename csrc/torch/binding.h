@@ -59,6 +59,7 @@ inline void check_isa(const char* op) {
 }
 
 inline void check_cpu(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.defined(), op, ": argument '", name, "': expected a Tensor, given None");
   STD_TORCH_CHECK(t.is_cpu(), op, ": argument '", name,
                   "': expected a tensor on the CPU, given one on another device");
 }

@@ -81,6 +81,26 @@ inline int stream_bits(const uint32_t* stream, int64_t stride, int64_t bit, int6
   return code;
 }
 
+/// Replaces values by their codes less the zero point, in float as gemm.h's callers define it; returns their scale.
+inline double round_to_int8(const Mode& mode, double* values, int64_t count) {
+  float low = 0, high = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    low = std::min(low, static_cast<float>(values[i]));
+    high = std::max(high, static_cast<float>(values[i]));
+  }
+  float scale = kXScale, zero = kXZeroPoint;
+  if (mode.activations != Activations::fixed) {
+    scale = mode.x_symmetric ? std::max(-low, high) / 127.5f : (high - low) / 255.0f;
+    if (scale == 0) scale = 0x1p-23f;
+    zero = mode.x_symmetric ? 0 : std::rint(std::clamp(-128.0f - low / scale, -128.0f, 127.0f));
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const float code = static_cast<float>(values[i]) / scale + zero;
+    values[i] = std::rint(std::clamp(code, -128.0f, 127.0f)) - zero;
+  }
+  return scale;
+}
+
 /// The tensors of one case, disk order and packed, each between its own guard pages.
 class Problem {
  public:
@@ -187,31 +207,10 @@ class Problem {
       double* row = values_.data() + m * layout.k;
       for (int64_t p = 0; p < pieces; ++p) {
         const int64_t width = layout.k / pieces;
-        const double scale = c.mode.kept() ? 1 : round_to_int8(row + p * width, width);
+        const double scale = c.mode.kept() ? 1 : round_to_int8(c.mode, row + p * width, width);
         x_scales_.insert(x_scales_.end(), groups / pieces, scale);
       }
     }
-  }
-
-  /// Replaces values by their codes less the zero point, in float as gemm.h's callers define it; returns
-  /// their scale.
-  double round_to_int8(double* values, int64_t count) const {
-    float low = 0, high = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      low = std::min(low, static_cast<float>(values[i]));
-      high = std::max(high, static_cast<float>(values[i]));
-    }
-    float scale = kXScale, zero = kXZeroPoint;
-    if (c.mode.activations != Activations::fixed) {
-      scale = c.mode.x_symmetric ? std::max(-low, high) / 127.5f : (high - low) / 255.0f;
-      if (scale == 0) scale = 0x1p-23f;
-      zero = c.mode.x_symmetric ? 0 : std::rint(std::clamp(-128.0f - low / scale, -128.0f, 127.0f));
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      const float code = static_cast<float>(values[i]) / scale + zero;
-      values[i] = std::rint(std::clamp(code, -128.0f, 127.0f)) - zero;
-    }
-    return scale;
   }
 
   int64_t scale_size_ = dtype_size(c.scale_dtype);

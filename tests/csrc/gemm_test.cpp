@@ -3,27 +3,14 @@
 // every instruction set that this processor has. Built with sanitizers by test_csrc.py.
 //
 // Usage: gemm_test [threads]   "threads" runs only what concerns several threads.
+#include "checks.h"
+#include "gemm_problem.h"
 #include "machine_limits.h"
-#include "moe_problem.h"
+#include "moe_test.h"
 
 namespace {
 
 using namespace test;
-
-int failures = 0;
-int64_t checks = 0;
-
-void fail(const std::string& what) {
-  std::printf("FAILED %s\n", what.c_str());
-  if (++failures > 20) std::exit(1);
-}
-
-/// Calls run(isa) for every instruction set of this processor.
-template <class Run>
-void on_every_isa(const Run& run) {
-  for (int i = 1; i < kIsas; ++i)
-    if (isa_supported(static_cast<Isa>(i))) run(static_cast<Isa>(i));
-}
 
 void check_result(const Problem& problem, Isa isa, const char* y) {
   const Layout& l = problem.layout;
@@ -127,61 +114,6 @@ void test_threads() {
       }
 }
 
-/// Routed experts: every activation, scheme and dtype; experts without tokens, choices that are elsewhere, few
-/// and many rows of an expert, channels and intermediate sizes that fill no tile.
-void test_moe(bool threads_only) {
-  struct Scheme {
-    int64_t bits;
-    Activations activations;
-  };
-  static constexpr std::array<Scheme, 5> kSchemes = {{{4, Activations::kept}, {8, Activations::kept},
-      {4, Activations::dynamic}, {4, Activations::grouped}, {8, Activations::dynamic}}};
-  static constexpr std::array<std::array<int64_t, 3>, 4> kSizes = {
-      {{72, 24, 3}, {40, 136, 1}, {96, 32, 4}, {17, 37, 1}}};  // hidden, intermediate, groups of both
-  static constexpr std::array<int64_t, 4> kTokens = {1, 3, 11, 70};
-  int turn = 0;
-  for (const Scheme& scheme : kSchemes)
-    for (int kind = 0; kind < 9; ++kind)
-      for (const int64_t tokens : kTokens) {
-        if (++turn % 3 && threads_only) continue;
-        const auto [hidden, intermediate, groups] = kSizes[turn % kSizes.size()];
-        const bool sums = scheme.bits == 8 && scheme.activations != Activations::kept;
-        const MoeProblem problem({scheme.bits, scheme.activations, static_cast<ActivationKind>(kind), tokens,
-                                  hidden, intermediate, 1 + turn % 4, 1 + turn % 3,
-                                  sums ? 1 : groups, static_cast<DType>(turn % 3),
-                                  !sums && turn % 2 == 0, turn % 4 == 1, turn % 2 ? Edge::begin : Edge::end,
-                                  threads_only || turn % 7 == 0 ? 5 : 1});
-        on_every_isa([&](Isa isa) {
-          const MoeCase& c = problem.c;
-          Guarded<char> y(c.tokens * c.hidden * problem.size(), c.edge);
-          std::memset(y.data(), 0xFF, y.size());
-          if (threads_only) {
-            std::vector<char> second(y.size());
-            std::thread other([&] { problem.run(isa, second.data()); });
-            problem.run(isa, y.data());
-            other.join();
-            ++checks;
-            if (std::memcmp(second.data(), y.data(), second.size())) fail("not the same twice at once: " + c.name(isa));
-            return;
-          }
-          problem.run(isa, y.data());
-          if (!y.canary_intact()) fail("writes outside of y: " + c.name(isa));
-          for (int64_t t = 0; t < c.tokens; t += 1 + c.tokens / 8) {
-            const auto want = problem.expected(t);
-            for (int64_t n = 0; n < c.hidden; ++n) {
-              const double got = load(y.data() + (t * c.hidden + n) * problem.size(), c.dtype);
-              ++checks;
-              if (std::fabs(got - want[n][0]) <= want[n][1]) continue;
-              char text[120];
-              std::snprintf(text, sizeof text, ": y[%" PRId64 "][%" PRId64 "] = %g, expected %g +- %g", t, n, got,
-                            want[n][0], want[n][1]);
-              return fail(c.name(isa) + text);
-            }
-          }
-        });
-      }
-}
-
 void test_machine_limits() {
   for (const int64_t bytes : {0, 1, 7, 8, 63, 64, 65, 511, 512, 513, 4096, 5000}) {
     for (const Edge edge : {Edge::begin, Edge::end}) {
@@ -211,9 +143,10 @@ int main(int argc, char** argv) {
   }
   const bool threads_only = argc > 1 && std::string(argv[1]) == "threads";
   test_threads();
-  test_moe(threads_only);
+  test_moe_threads();
   if (!threads_only) {
     test_shapes();
+    test_moe_shapes();
     test_machine_limits();
   }
   std::printf("%" PRId64 " checks, %d failures, up to %s\n", checks, failures,

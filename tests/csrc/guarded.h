@@ -36,6 +36,7 @@ class Guarded {
   T* data() { return reinterpret_cast<T*>(data_); }
   const T* data() const { return reinterpret_cast<const T*>(data_); }
   T& operator[](int64_t i) { return data()[i]; }
+  const T& operator[](int64_t i) const { return data()[i]; }
   int64_t size() const { return count_; }
 
   /// Nothing beside the elements was written in their own pages.

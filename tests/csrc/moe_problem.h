@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A layer of routed experts with all its tensors between guard pages, and a plain double reference of its
-// result. What tests/kernels holds to rounding is here held to a hundredth: this is about memory.
+// One layer of routed experts with all its tensors between guard pages, and the plain double reference of its
+// result. Bounds are those of kernels/reference_moe.py.
 #pragma once
-
-#include <cmath>
 
 #include "gemm_problem.h"
 #include "moe.h"
@@ -11,180 +9,298 @@
 namespace test {
 
 struct MoeCase {
-  int64_t bits;
-  Activations activations;
-  ActivationKind kind;
-  int64_t tokens, hidden, intermediate, experts, top_k, groups;
-  DType dtype;
+  Mode mode;
+  int64_t tokens, top_k, experts, hidden, intermediate, group;  // group 0: channels
+  DType dtype, scale_dtype;
   bool asymmetric, bias;
+  ActivationKind kind;
   Edge edge;
   int threads;
+  int64_t row_gap;  // elements between rows of x
 
-  bool sums() const { return bits == 8 && activations != Activations::kept; }
+  bool gated() const { return Activation{kind, 0, 0, 0}.gated(); }
   std::string name(Isa isa) const {
     char text[240];
     std::snprintf(text, sizeof text,
-                  "%s %d bits activations=%d %s T=%" PRId64 " H=%" PRId64 " I=%" PRId64 " E=%" PRId64 " top=%" PRId64
-                  " groups=%" PRId64 " dtype=%d%s%s threads=%d",
-                  isa_name(isa), static_cast<int>(bits), static_cast<int>(activations),
-                  kActivationNames[static_cast<int>(kind)], tokens, hidden, intermediate, experts, top_k, groups,
-                  static_cast<int>(dtype), asymmetric ? " asymmetric" : "", bias ? " bias" : "", threads);
+                  "moe %s %s %s dtype=%d scale=%d T=%" PRId64 " top=%" PRId64 " E=%" PRId64 " H=%" PRId64 " I=%" PRId64
+                  " group=%" PRId64 "%s%s threads=%d gap=%" PRId64 " edge=%s",
+                  isa_name(isa), mode.name, kActivationNames[static_cast<int>(kind)], static_cast<int>(dtype),
+                  static_cast<int>(scale_dtype), tokens, top_k, experts, hidden, intermediate, group,
+                  asymmetric ? " asymmetric" : "", bias ? " bias" : "", threads, row_gap,
+                  edge == Edge::begin ? "begin" : "end");
     return text;
   }
 };
 
-/// One product's weights: random codes of every expert, packed, and as numbers.
+inline constexpr double kUnit = 0x1p-24;
+inline constexpr double kFunctionUnits = 24;
+
+/// A value and how far from it a right kernel may be.
+struct Bounded {
+  double value = 0, off = 0;
+};
+
+/// v in `dtype`, halves to even.
+inline double rounded(double v, DType dtype) {
+  if (v == 0) return 0;
+  const int lowest = dtype == DType::f16 ? -24 : -149;
+  const double step = std::ldexp(1, std::max(std::ilogb(v) + 1 - significand_bits(dtype), lowest));
+  return std::nearbyint(v / step) * step;
+}
+
+inline double activation(const Activation& a, double g, double u) {
+  const double limit = a.limit, within = std::clamp<double>(u, -limit, limit), one = 1 / (1 + std::exp(-g));
+  const double tanh_of = std::tanh(std::sqrt(2 / M_PI) * (g + 0.044715 * g * g * g));
+  switch (a.kind) {
+    case ActivationKind::swiglu: g = std::min(g, limit); return g / (1 + std::exp(-a.alpha * g)) * (within + a.beta);
+    case ActivationKind::swiglustep: return std::min(g * one, limit) * within;
+    case ActivationKind::situ:
+      return a.alpha * std::tanh(g / a.alpha) * one * (a.beta > 0 ? a.beta * std::tanh(u / a.beta) : u);
+    case ActivationKind::gelu: return g * std::erfc(-g * M_SQRT1_2) / 2 * u;
+    case ActivationKind::gelu_tanh: return g * (1 + tanh_of) / 2 * u;
+    case ActivationKind::silu_no_mul: return g * one;
+    case ActivationKind::gelu_no_mul: return g * std::erfc(-g * M_SQRT1_2) / 2;
+    case ActivationKind::gelu_tanh_no_mul: return g * (1 + tanh_of) / 2;
+    case ActivationKind::relu2_no_mul: break;
+  }
+  return g > 0 ? g * g : 0;
+}
+
+/// One row of activations of a product: values, or their codes, and a scale for each group of weights.
+struct Row {
+  std::vector<double> values, scales;
+
+  Row(const Mode& mode, std::vector<double> v, int64_t groups) : values(std::move(v)) {
+    const int64_t pieces = mode.activations == Activations::grouped ? groups : 1;
+    const int64_t width = static_cast<int64_t>(values.size()) / pieces;
+    for (int64_t p = 0; p < pieces; ++p)
+      scales.insert(scales.end(), groups / pieces, mode.kept() ? 1 : round_to_int8(mode, values.data() + p * width, width));
+  }
+};
+
+/// The weights of one product for all experts: as numbers, and packed.
 class ExpertWeights {
  public:
-  ExpertWeights(const MoeCase& c, int64_t rows, int64_t k, bool gate_up, std::mt19937& random)
-      : layout{gate_up ? 2 * ceil_div(rows / 2, kTileN) * kTileN : rows, k, c.groups, c.bits},
+  /// `gate_up`: 0, or the number of gates among the rows.
+  ExpertWeights(const MoeCase& c, int64_t rows, int64_t k, int64_t gate_up, uint32_t seed)
+      : c_(c),
         rows_(rows),
-        scale_size_(c.sums() ? 4 : dtype_size(c.dtype)),
-        weight_(c.experts * layout.padded_n() * layout.dwords(), c.edge),
-        scale_(c.experts * layout.padded_n() * c.groups * scale_size_, c.edge),
-        third_(c.experts * third_size(c), c.edge),
-        bias_(c.bias ? c.experts * layout.padded_n() : 0, c.edge) {
-    const int64_t words = ceil_div(k * c.bits, 32), zero_words = ceil_div(rows * c.bits, 32);
-    const DType scale_dtype = c.sums() ? DType::f32 : c.dtype;
-    const int most = 1 << (c.bits - 1);
-    for (int64_t i = 0; i < bias_.size(); ++i) bias_[i] = 0;
-    for (int64_t e = 0; e < c.experts; ++e) {
-      Guarded<uint32_t> codes(rows * words, c.edge), zeros(c.asymmetric ? zero_words * c.groups : 0, c.edge);
-      Guarded<char> scale(rows * c.groups * scale_size_, c.edge);
-      for (int64_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<uint32_t>(random());
-      for (int64_t i = 0; i < zeros.size(); ++i) zeros[i] = static_cast<uint32_t>(random());
-      for (int64_t i = 0; i < rows * c.groups; ++i)
-        store(scale.data() + i * scale_size_, scale_dtype, static_cast<float>(1 + random() % 7) / (256.0f * most));
-      Guarded<int8_t> bytes(c.sums() ? rows * k : 0, c.edge);
-      for (int64_t n = 0; n < rows; ++n)
-        for (int64_t i = 0; i < k; ++i) {
-          const int code = stream_bits(codes.data() + n * words, 1, i * c.bits, c.bits) - most;
-          if (c.sums()) bytes[n * k + i] = static_cast<int8_t>(code);
-          const int64_t g = i / (k / c.groups);
-          const int zero = c.asymmetric ? stream_bits(zeros.data() + g, c.groups, n * c.bits, c.bits) - most : 0;
-          numbers_.push_back((code - zero) * load(scale.data() + (n * c.groups + g) * scale_size_, scale_dtype));
-        }
-      for (int64_t n = 0; n < rows; ++n) biases_.push_back(c.bias ? static_cast<float>(random() % 5) / 16 : 0);
-      for (int64_t n = 0; n < rows && c.bias; ++n) bias_[e * layout.padded_n() + channel_of(n, gate_up)] =
-          static_cast<float>(biases_[static_cast<size_t>(e * rows + n)]);
-      pack({layout, c.bits, c.sums() ? nullptr : codes.data(), c.sums() ? bytes.data() : nullptr,
-            c.sums() ? k : words, scale.data(), c.groups, scale_size_, c.asymmetric ? zeros.data() : nullptr, c.groups,
-            weight_.data() + e * layout.padded_n() * layout.dwords(),
-            scale_.data() + e * layout.padded_n() * c.groups * scale_size_,
-            c.asymmetric ? third_.data() + e * third_size(c) : nullptr,
-            c.sums() ? reinterpret_cast<int32_t*>(third_.data()) + e * third_size(c) : nullptr, gate_up ? rows / 2 : 0},
-           pool_of(c.threads));
-    }
+        gate_up_(gate_up),
+        layout{gate_up ? 2 * ceil_div(gate_up, kTileN) * kTileN : rows, k, c.mode.bytes() || !c.group ? 1 : k / c.group,
+               c.mode.bits},
+        random_(seed) {
+    for (auto* words : {&weight_, &zero_}) std::memset(words->data(), 0xFF, words->size() * 4);
+    std::memset(scale_.data(), 0xFF, scale_.size());
+    std::memset(bias_.data(), 0xFF, bias_.size() * 4);  // NaN beside the real channels
+    for (int64_t e = 0; e < c.experts; ++e) fill(e);
   }
 
   Experts experts() const {
-    return {layout, weight_.data(), scale_.data(), third_.size() ? third_.data() : nullptr,
+    return {layout, weight_.data(), scale_.data(), zero_.size() ? zero_.data() : nullptr,
             bias_.size() ? bias_.data() : nullptr};
   }
+  bool canary_intact() const { return weight_.canary_intact() && scale_.canary_intact() && zero_.canary_intact(); }
 
-  /// Row `n` of expert `e` times x.
-  double product(int64_t e, int64_t n, const std::vector<double>& x) const {
-    const int64_t at = e * rows_ + n;
-    double sum = biases_[static_cast<size_t>(at)];
-    for (size_t i = 0; i < x.size(); ++i) sum += numbers_[static_cast<size_t>(at) * x.size() + i] * x[i];
-    return sum;
+  double weight(int64_t e, int64_t row, int64_t k) const {
+    const int64_t at = (e * rows_ + row) * layout.groups + k / (layout.k / layout.groups);
+    return (q_[(e * rows_ + row) * layout.k + k] - z_[at]) * s_[at];
   }
 
+  /// The fp32 result of one row of weights.
+  Bounded dot(int64_t e, int64_t row, const Row& x) const {
+    const int64_t width = layout.k / layout.groups, first = (e * rows_ + row) * layout.groups;
+    double y = c_.bias ? bias_[e * layout.padded_n() + channel(row)] : 0, absolute = std::fabs(y);
+    for (int64_t g = 0; g < layout.groups; ++g) {
+      double sum = 0, magnitude = 0;
+      for (int64_t k = g * width; k < (g + 1) * width; ++k) {
+        const int q = q_[(e * rows_ + row) * layout.k + k], z = z_[first + g];
+        sum += x.values[k] * (q - z);
+        magnitude += std::fabs(x.values[k]) * (std::abs(q) + std::abs(z));
+      }
+      const double step = s_[first + g] * x.scales[g];
+      y += sum * step;
+      absolute += std::fabs(step) * (c_.mode.kept() ? magnitude : std::fabs(sum));
+    }
+    const double steps = static_cast<double>((c_.mode.kept() ? width : 0) + layout.groups + 4);
+    return {y, kUnit * std::fabs(y) + std::min(steps, 6 * std::sqrt(steps)) * kUnit * absolute};
+  }
+
+ private:
+  /// Where a row of the checkpoint is among the packed channels.
+  int64_t channel(int64_t row) const {
+    if (!gate_up_) return row;
+    const int64_t at = row % gate_up_;
+    return (at / kTileN * 2 + row / gate_up_) * kTileN + at % kTileN;
+  }
+
+  void fill(int64_t e) {
+    const int64_t groups = layout.groups, bits = layout.bits, channels = layout.padded_n();
+    const int most = 1 << (bits - 1), significand = significand_bits(c_.scale_dtype);
+    Guarded<int8_t> codes(rows_ * layout.k, c_.edge);
+    Guarded<char> scale(rows_ * groups * scale_size_, c_.edge);
+    Guarded<uint32_t> zero(c_.asymmetric ? ceil_div(rows_ * bits, 32) * groups : 0, c_.edge);
+    for (int64_t i = 0; i < codes.size(); ++i)
+      q_.push_back(codes[i] = static_cast<int8_t>(static_cast<int>(random_() % (2 * most)) - most));
+    for (int64_t i = 0; i < zero.size(); ++i) zero[i] = static_cast<uint32_t>(random_());
+    // Results of about 1 for activations of about 1.
+    const int exponent = std::ilogb(2 / (most * std::sqrt(static_cast<double>(layout.k)))) + 1;
+    for (int64_t i = 0; i < rows_ * groups; ++i) {
+      const int64_t half = int64_t{1} << (significand - 1), number = half + static_cast<int64_t>(random_() % half);
+      const float s = std::ldexp(static_cast<float>(random_() % 2 ? number : -number), exponent - significand);
+      store(scale.data() + i * scale_size_, c_.scale_dtype, s);
+      s_.push_back(s);
+      z_.push_back(c_.asymmetric ? stream_bits(zero.data() + i % groups, groups, i / groups * bits, bits) - most : 0);
+    }
+    if (c_.bias)
+      for (int64_t row = 0; row < rows_; ++row)
+        bias_[e * channels + channel(row)] = static_cast<float>(random_() % 1000) / 1000 - 0.5f;
+    const int64_t zero_step = zero_.size() / c_.experts;
+    uint32_t* const third = zero_.size() ? zero_.data() + e * zero_step : nullptr;
+    const bool sums = c_.mode.bytes();
+    pack({layout, bits, nullptr, codes.data(), layout.k, scale.data(), groups, scale_size_,
+          zero.size() ? zero.data() : nullptr, groups, weight_.data() + e * channels * layout.dwords(),
+          scale_.data() + e * channels * groups * scale_size_, sums ? nullptr : third,
+          sums ? reinterpret_cast<int32_t*>(third) : nullptr, gate_up_},
+         pool_of(c_.threads));
+  }
+
+  const MoeCase& c_;
+  const int64_t rows_, gate_up_;
+
+ public:
   const Layout layout;
 
  private:
-  int64_t third_size(const MoeCase& c) const {
-    return c.sums() ? layout.padded_n() : c.asymmetric ? layout.padded_n() / layout.dword_k() * c.groups : 0;
-  }
-  int64_t channel_of(int64_t n, bool gate_up) const {
-    if (!gate_up) return n;
-    const int64_t half = n / (rows_ / 2), at = n % (rows_ / 2);
-    return (at / kTileN * 2 + half) * kTileN + at % kTileN;
-  }
-
-  int64_t rows_, scale_size_;
-  Guarded<uint32_t> weight_;
-  Guarded<char> scale_;
-  Guarded<uint32_t> third_;
-  Guarded<float> bias_;
-  std::vector<double> numbers_, biases_;
+  std::mt19937 random_;
+  int64_t scale_size_ = dtype_size(c_.scale_dtype), channels_ = c_.experts * layout.padded_n();
+  Guarded<uint32_t> weight_{channels_ * layout.dwords(), c_.edge};
+  Guarded<char> scale_{channels_ * layout.groups * scale_size_, c_.edge};
+  Guarded<uint32_t> zero_{c_.mode.bytes()  ? channels_
+                          : c_.asymmetric ? channels_ / layout.dword_k() * layout.groups
+                                          : 0,
+                          c_.edge};
+  Guarded<float> bias_{c_.bias ? channels_ : 0, c_.edge};
+  std::vector<int> q_, z_;  // [experts, rows, k], [experts, rows, groups]
+  std::vector<double> s_;   // [experts, rows, groups]
 };
 
+/// The tensors of one case.
 class MoeProblem {
  public:
-  explicit MoeProblem(const MoeCase& one)
-      : c(one),
-        activation{one.kind, 1.25f, 0.5f, 1.5f},
-        w13(one, one.intermediate * (activation.gated() ? 2 : 1), one.hidden, activation.gated(), random_),
-        w2(one, one.hidden, one.intermediate, false, random_) {
-    std::memset(x_.data(), 0xFF, x_.size());  // NaN between the rows
+  explicit MoeProblem(const MoeCase& one) : c(one) {
+    std::mt19937 random(7);
+    std::memset(x_.data(), 0xFF, x_.size());  // NaN between the rows, in every dtype
+    const int bits = significand_bits(c.dtype);
+    const int64_t range = int64_t{1} << bits;
     for (int64_t t = 0; t < c.tokens; ++t)
-      for (int64_t h = 0; h < c.hidden; ++h)
-        store(x_.data() + (t * stride_ + h) * size(), c.dtype, (static_cast<int>(random_() % 129) - 64) / 32.0f);
-    for (int64_t i = 0; i < c.tokens * c.top_k; ++i) {
-      ids_[i] = static_cast<int32_t>(random_() % (c.experts + 1)) - 1;
-      weights_[i] = static_cast<float>(random_() % 9) / 4 - 1;
+      for (int64_t k = 0; k < c.hidden; ++k) {
+        const int64_t number = static_cast<int64_t>(random() % (2 * range - 1)) - (range - 1);
+        store(x_at(t, k), c.dtype, std::ldexp(static_cast<float>(number), 1 - bits));
+      }
+    for (int64_t i = 0; i < ids_.size(); ++i) {
+      // Some are elsewhere, some experts come twice; the first is there.
+      ids_[i] = static_cast<int32_t>(random() % (c.experts + 1)) - (i > 0);
+      if (ids_[i] == c.experts) ids_[i] = 0;
+      weights_[i] = static_cast<float>(random() % 1000 + 100) / 1000;
     }
   }
 
+  bool pack_stayed_inside() const { return w13_.canary_intact() && w2_.canary_intact(); }
+
   void run(Isa isa, char* y) const {
-    Moe m{c.tokens, c.top_k, c.experts, c.intermediate, c.dtype, c.sums() ? DType::f32 : c.dtype, c.activations,
-          x_.data(), stride_, w13.experts(), w2.experts(), activation, weights_.data(), ids_.data(), y};
-    moe(m, isa, pool_of(c.threads));
+    moe({c.tokens, c.top_k, c.experts, c.intermediate, c.dtype, c.scale_dtype, c.mode.activations, x_.data(), x_stride_,
+         w13_.experts(), w2_.experts(), activation_, weights_.data(), ids_.data(), y},
+        isa, pool_of(c.threads));
   }
 
-  /// Result and permitted deviation of a token.
-  std::vector<std::array<double, 2>> expected(int64_t t) const {
-    std::vector<std::array<double, 2>> y(static_cast<size_t>(c.hidden), {0, 1e-3});
+  /// One token's results.
+  std::vector<Bounded> expected(int64_t t) const {
     std::vector<double> x;
-    for (int64_t h = 0; h < c.hidden; ++h) x.push_back(load(x_.data() + (t * stride_ + h) * size(), c.dtype));
-    for (int64_t s = 0; s < c.top_k; ++s) {
-      const int64_t e = ids_.data()[t * c.top_k + s];
+    for (int64_t k = 0; k < c.hidden; ++k) x.push_back(load(x_at(t, k), c.dtype));
+    const Row row(c.mode, x, w13_.layout.groups);
+    std::vector<Bounded> y(c.hidden);
+    std::vector<double> magnitude(c.hidden);
+    for (int64_t slot = 0; slot < c.top_k; ++slot) {
+      const int32_t e = ids_[t * c.top_k + slot];
       if (e < 0) continue;
-      std::vector<double> h;
-      for (int64_t i = 0; i < c.intermediate; ++i)
-        h.push_back(apply(w13.product(e, i, x), activation.gated() ? w13.product(e, c.intermediate + i, x) : 0));
+      const double weight = weights_[t * c.top_k + slot];
+      const std::vector<Bounded> h = between(e, row);
+      std::vector<double> values;
+      for (const Bounded& one : h)
+        values.push_back(c.mode.kept() ? rounded(one.value, c.dtype) : static_cast<float>(one.value));
+      const Row h_row(c.mode, values, w2_.layout.groups);
+      const std::vector<double> moved = moved_by_rounding(h, h_row);
       for (int64_t n = 0; n < c.hidden; ++n) {
-        const double out = weights_.data()[t * c.top_k + s] * w2.product(e, n, h);
-        y[static_cast<size_t>(n)][0] += out;
-        // Where activations are kept, bf16 rounds h and y; where not, 8 bits round x and h.
-        y[static_cast<size_t>(n)][1] += 0.03 * (std::fabs(out) + 1);
+        Bounded down = w2_.dot(e, n, h_row);
+        for (int64_t i = 0; i < c.intermediate; ++i) down.off += moved[i] * std::fabs(w2_.weight(e, n, i));
+        y[n].value += weight * down.value;
+        y[n].off += weight * down.off;
+        magnitude[n] += weight * std::fabs(down.value);
       }
+    }
+    for (int64_t n = 0; n < c.hidden; ++n) {
+      y[n].off += static_cast<double>(c.top_k + 1) * kUnit * magnitude[n];
+      y[n].off = epsilon(c.dtype) / 2 * std::fabs(y[n].value) + 1.01 * y[n].off + 0x1p-25;
     }
     return y;
   }
 
   int64_t size() const { return dtype_size(c.dtype); }
+
   const MoeCase c;
-  const Activation activation;
 
  private:
-  double apply(double g, double u) const {
-    const double a = activation.alpha, b = activation.beta, limit = activation.limit;
-    const auto sigmoid = [](double v) { return 1 / (1 + std::exp(-v)); };
-    const auto gelu = [](double v) { return v / 2 * std::erfc(-v / std::sqrt(2.0)); };
-    const auto gelu_tanh = [&](double v) { return v * sigmoid(1.5957691216 * (v + 0.044715 * v * v * v)); };
-    const double within = std::clamp(u, -limit, limit), positive = std::max(g, 0.0);
-    switch (c.kind) {
-      case ActivationKind::swiglu: return std::min(g, limit) * sigmoid(a * std::min(g, limit)) * (within + b);
-      case ActivationKind::swiglustep: return std::min(g * sigmoid(g), limit) * within;
-      case ActivationKind::situ: return a * std::tanh(g / a) * sigmoid(g) * b * std::tanh(u / b);
-      case ActivationKind::gelu: return gelu(g) * u;
-      case ActivationKind::gelu_tanh: return gelu_tanh(g) * u;
-      case ActivationKind::silu_no_mul: return g * sigmoid(g);
-      case ActivationKind::gelu_no_mul: return gelu(g);
-      case ActivationKind::gelu_tanh_no_mul: return gelu_tanh(g);
-      case ActivationKind::relu2_no_mul: return positive * positive;
+  char* x_at(int64_t t, int64_t k) { return x_.data() + (t * x_stride_ + k) * size(); }
+  const char* x_at(int64_t t, int64_t k) const { return x_.data() + (t * x_stride_ + k) * size(); }
+
+  /// What the activation makes of the first product, not yet rounded.
+  std::vector<Bounded> between(int64_t e, const Row& x) const {
+    std::vector<Bounded> h;
+    for (int64_t i = 0; i < c.intermediate; ++i) {
+      const Bounded g = w13_.dot(e, i, x), u = c.gated() ? w13_.dot(e, c.intermediate + i, x) : Bounded{};
+      const auto of = [&](double dg, double du) { return activation(activation_, g.value + dg, u.value + du); };
+      const double value = of(0, 0);
+      const auto off = [&](double dg, double du) {
+        return std::max(std::fabs(of(dg, du) - value), std::fabs(of(-dg, -du) - value));
+      };
+      h.push_back({value, kFunctionUnits * kUnit * std::fabs(value) + off(g.off, 0) + off(0, u.off)});
     }
-    return 0;
+    return h;
   }
 
-  std::mt19937 random_{7};
-  int64_t stride_ = c.hidden + 3;
-  ExpertWeights w13, w2;
-  Guarded<char> x_{((c.tokens - 1) * stride_ + c.hidden) * size(), c.edge};
-  Guarded<int32_t> ids_{c.tokens * c.top_k, c.edge};
+  /// How far each rounded h may be from the reference's.
+  std::vector<double> moved_by_rounding(const std::vector<Bounded>& h, const Row& row) const {
+    std::vector<double> moved;
+    const int64_t count = static_cast<int64_t>(h.size()), width = count / w2_.layout.groups;
+    const int64_t piece = c.mode.activations == Activations::grouped ? width : count;
+    for (int64_t i = 0; i < count; ++i) {
+      if (c.mode.kept()) {
+        moved.push_back(rounded(h[i].value + h[i].off, c.dtype) - rounded(h[i].value - h[i].off, c.dtype));
+        continue;
+      }
+      // The scale moves with the largest value, and every quotient with it.
+      double largest = 0x1p-126, off = 0;
+      for (int64_t j = i / piece * piece; j < (i / piece + 1) * piece; ++j) {
+        largest = std::max(largest, std::fabs(h[j].value));
+        off = std::max(off, h[j].off);
+      }
+      const double scale = row.scales[i / width], size = std::fabs(h[i].value);
+      const double wide = h[i].off + size * (off / largest + 4 * kUnit);
+      const auto code = [&](double v) { return std::nearbyint(std::clamp(v / scale, -128.0, 127.0)); };
+      const double scale_off = off / largest + off / largest + 4 * kUnit;
+      moved.push_back((code(h[i].value + wide) - code(h[i].value - wide)) * scale + size * scale_off);
+    }
+    return moved;
+  }
+
+  int64_t x_stride_ = c.hidden + c.row_gap;
+  // Limits that a fifth of the values meet.
+  Activation activation_{c.kind, 1.3f, c.kind == ActivationKind::swiglu ? 1.0f : 0.9f, 1.25f};
+  ExpertWeights w13_{c, c.gated() ? 2 * c.intermediate : c.intermediate, c.hidden, c.gated() ? c.intermediate : 0, 1};
+  ExpertWeights w2_{c, c.hidden, c.intermediate, 0, 2};
+  Guarded<char> x_{((c.tokens - 1) * x_stride_ + c.hidden) * size(), c.edge};
   Guarded<float> weights_{c.tokens * c.top_k, c.edge};
+  Guarded<int32_t> ids_{c.tokens * c.top_k, c.edge};
 };
 
 }  // namespace test

@@ -22,12 +22,17 @@ from vllm.platforms import PlatformEnum
 from vllm_plugin_tm.patch import apply, moe_methods
 
 
+def expert_methods():
+    """The classes that stand in upstream's modules now."""
+    return [getattr(importlib.import_module(m), name) for m, name, _ in moe_methods._MIXINS]
+
+
 def upstream_state():
     return (
         list(linear._POSSIBLE_KERNELS[PlatformEnum.CPU]),
         list(linear._POSSIBLE_INT8_KERNELS[PlatformEnum.CPU]),
         dict(model_loader._LOAD_FORMAT_TO_MODEL_LOADER),
-        [getattr(importlib.import_module(module), name) for module, name, _ in moe_methods._MIXINS],
+        expert_methods(),
     )
 
 
@@ -152,6 +157,21 @@ def test_loaders_keep_their_names_and_formats():
     for load_format, loader in model_loader._LOAD_FORMAT_TO_MODEL_LOADER.items():
         assert loader.__name__ == upstream[load_format].__name__
         assert issubclass(loader, upstream[load_format])
+
+
+def test_methods_of_experts_are_subclasses_under_the_same_names():
+    (row,) = [patch for patch in table.PATCHES if patch.name == "moe_methods"]
+    before = expert_methods()
+    apply.apply()
+    for live, upstream, (module, name, mixin) in zip(
+        expert_methods(), before, moe_methods._MIXINS, strict=True
+    ):
+        assert live.__name__ == upstream.__name__ == name
+        assert live.__bases__ == (mixin, upstream)
+        # What no mixin changes is upstream's.
+        assert live.create_weights is upstream.create_weights
+        assert name in row.how
+        assert f"{module}:{name}.__init__" in row.expects
 
 
 def test_the_table_explains_every_patch():

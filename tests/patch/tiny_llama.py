@@ -142,7 +142,11 @@ def engine_config(path, **options):
 def load(path, **options):
     """The model, loaded by whatever loader vLLM has registered now."""
     from vllm.config import set_current_vllm_config
-    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+    from vllm.distributed import (
+        destroy_model_parallel,
+        ensure_model_parallel_initialized,
+        init_distributed_environment,
+    )
     from vllm.model_executor.model_loader import get_model
 
     config = engine_config(path, **options)
@@ -151,5 +155,7 @@ def load(path, **options):
             with tempfile.NamedTemporaryFile() as rendezvous:
                 address = f"file://{rendezvous.name}.rendezvous"
             init_distributed_environment(1, 0, address, 0, "gloo")
-            ensure_model_parallel_initialized(1, 1)
+        # Anew for each model: only those with experts have a group of expert parallelism.
+        destroy_model_parallel()
+        ensure_model_parallel_initialized(1, 1)
         return get_model(vllm_config=config)

@@ -196,22 +196,16 @@ def _register_w8a8() -> None:
 def _register_moe(name: str) -> None:
     import torch
 
+    third = "weight_sum" if name.startswith("w8a8") else "zero_point"
+    parts = ("", "_scale", f"_{third}", "_bias")
+    weights = [f"{product}{part}" for product in ("w13", "w2") for part in parts]
+    numbers = ("intermediate_size", "activation", "alpha", "beta", "limit")
+    names = ("x", "topk_weights", "topk_ids", *weights, *numbers, "expert_map", "x_groups")
+
     @torch.library.register_fake(f"{NAMESPACE}::{name}")
-    def _(  # type: ignore[no-untyped-def]
-        x,
-        topk_weights,
-        topk_ids,
-        w13,
-        w13_scale,
-        w13_third,
-        w13_bias,
-        w2,
-        w2_scale,
-        w2_third,
-        *more,
-        **named,
-    ):
-        others = {"topk_weights": topk_weights, "topk_ids": topk_ids, "w13": w13, "w2": w2}
-        others |= {"w13_scale": w13_scale, "w2_scale": w2_scale}
-        _check_devices(name, "x", x, others)
+    def _(*arguments, **named):  # type: ignore[no-untyped-def]
+        given = dict(zip(names, arguments, strict=False)) | named
+        x = given.pop("x")
+        tensors = ("topk_weights", "topk_ids", *weights, "expert_map")
+        _check_devices(name, "x", x, {key: given.get(key) for key in tensors})
         return x.new_empty(x.shape)

@@ -12,7 +12,7 @@ from vllm_plugin_tm import selftest
 from vllm_plugin_tm.kernels import ops
 from vllm_plugin_tm.quantization import grouped_int
 from vllm_plugin_tm.quantization.kernel import TMKernel, put
-from vllm_plugin_tm.quantization.load_check import Layer
+from vllm_plugin_tm.quantization.load_check import KERNEL_LAYOUT, Layer
 from vllm_plugin_tm.quantization.support_matrix import (
     WEIGHT_TYPES,
     WORD_BITS,
@@ -137,6 +137,8 @@ class TMExpertsKernel(TMKernel):
 
         Raises ValueError naming layer, expert and tensor for whatever does not fit the request.
         """
+        checked = []
+        # Everything is looked at and refused before anything is replaced.
         for product, wanted in self.request.products().items():
             gate_up = product == "w13" and self.activation.gated
             rows = 2 * self.request.intermediate if gate_up else wanted.n
@@ -149,7 +151,9 @@ class TMExpertsKernel(TMKernel):
                 dtype=_scale_dtype(self.request, layer, product, self.names),
                 asymmetric=self.request.zero_points,
             )
-            self._process_product(layer, product, expected, gate_up)
+            checked.append((product, expected, gate_up, self._disk(layer, product, expected)))
+        for product, expected, gate_up, disk in checked:
+            self._pack_product(layer, product, expected, gate_up, disk)
 
     def apply(
         self, layer: torch.nn.Module, x: Tensor, topk_weights: Tensor, topk_ids: Tensor
@@ -182,26 +186,37 @@ class TMExpertsKernel(TMKernel):
             return "weight_sum"
         return self.names.zero_point if self.request.zero_points else None
 
-    def _process_product(
+    def _disk(
+        self, layer: torch.nn.Module, product: str, expected: grouped_int.Expected
+    ) -> dict[str, Tensor]:
+        """A product's parameters, each expert's checked: codes, scales, zero points."""
+        names = [self.names.weight, self.names.scale]
+        if expected.asymmetric:
+            assert self.names.zero_point is not None
+            names.append(self.names.zero_point)
+        disk = {name: getattr(layer, f"{product}_{name}") for name in names}
+        for name, tensor in disk.items():
+            if getattr(tensor, KERNEL_LAYOUT, False):
+                raise ValueError(
+                    f"{expected.layer}.{product}_{name}: expected a tensor in checkpoint order, "
+                    "found one in kernel layout. Were the weights of this layer processed already, "
+                    "without loading them again?"
+                )
+        labels = [f"{product}_{name}" for name in disk]
+        for expert in range(len(disk[self.names.weight])):
+            label = f"{expected.layer}, expert {expert}"
+            grouped_int.check_parts(label, labels, self._parts(disk, expert, False), expected)
+        return disk
+
+    def _pack_product(
         self,
         layer: torch.nn.Module,
         product: str,
         expected: grouped_int.Expected,
         gate_up: bool,
+        disk: dict[str, Tensor],
     ) -> None:
-        disk = {
-            name: getattr(layer, f"{product}_{name}")
-            for name in (self.names.weight, self.names.scale)
-        }
-        if expected.asymmetric:
-            assert self.names.zero_point is not None
-            disk[self.names.zero_point] = getattr(layer, f"{product}_{self.names.zero_point}")
-        experts = disk[self.names.weight].shape[0]
-        # Everything is looked at and refused before anything is replaced.
-        names = [f"{product}_{name}" for name in disk]
-        for expert in range(experts):
-            label = f"{expected.layer}, expert {expert}"
-            grouped_int.check_parts(label, names, self._parts(disk, expert, False), expected)
+        experts = len(disk[self.names.weight])
         bias = getattr(layer, f"{product}_bias", None)
         if bias is not None:
             put(layer, f"{product}_bias", _packed_bias(bias.data, gate_up))

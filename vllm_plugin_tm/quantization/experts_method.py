@@ -52,12 +52,11 @@ class TMExpertsMethod:
                 upstream()
                 return False
             except (NotImplementedError, ValueError) as error:
-                refused = (
-                    isinstance(wanted, str)
-                    or not check_moe(wanted, replace(here, amx=False), schemes).ok
-                )
-                if refused:
+                if not isinstance(wanted, str):
+                    reason = check_moe(wanted, replace(here, amx=False), schemes).reason
+                if reason is not None:
                     raise type(error)(f"{error} (vllm-plugin-tm: {reason})") from error
+                self.note = ""
         assert isinstance(wanted, MoeRequest)
         FusedMoEMethodBase.__init__(self, moe)  # type: ignore[arg-type]
         # Packed weights that run as w4a8 do so because the user wants it, by groups.
@@ -130,7 +129,8 @@ def moe_request(
     inner = moe.intermediate_size_per_partition
     group = CHANNEL if group_size is None else group_size
     long_groups = group == CHANNEL or group >= SMALLEST_INT8_GROUP
-    if scheme == "w4a16" and long_groups and envs.w4a16_int8_activations():
+    rounded = envs.w4a16_int8_activations() and "w4a8" in envs.schemes()
+    if scheme == "w4a16" and long_groups and rounded:
         scheme = "w4a8"
     return MoeRequest(
         scheme=scheme,

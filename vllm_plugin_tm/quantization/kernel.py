@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from vllm.model_executor.utils import replace_parameter
 
-from vllm_plugin_tm.quantization.load_check import Layer
+from vllm_plugin_tm.quantization.load_check import KERNEL_LAYOUT, Layer
 
 
 class TMKernel(ABC):
@@ -42,3 +42,4 @@ def put(layer: torch.nn.Module, name: str, tensor: Tensor) -> None:
     """Registers `tensor` as the layer's parameter `name`, keeping the weight loader it had."""
     # By position: the third parameter was renamed in vLLM 0.28.
     replace_parameter(layer, name, tensor)
+    setattr(getattr(layer, name), KERNEL_LAYOUT, True)

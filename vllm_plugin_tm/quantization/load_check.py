@@ -24,6 +24,9 @@ _MARKS: dict[torch.dtype, tuple[torch.dtype, int]] = {
     torch.float16: (torch.int16, 0x7F5A),
     torch.float32: (torch.int32, 0x7FE5A5A5),
 }
+KERNEL_LAYOUT = "tm_kernel_layout"
+"""The attribute of parameters that are in kernel layout: no checkpoint's tensors go there."""
+
 _SHOWN = 8  # missing tensors that an error lists
 _EXPERTS_DIM = 3  # dimensions of the parameters of experts
 
@@ -71,6 +74,8 @@ def mark(layers: Iterable[Layer]) -> list[Marked]:
         for name in layer.tensors:
             param = getattr(layer.module, name, None)
             if param is None or param.is_meta or param.dtype not in _MARKS:
+                continue
+            if getattr(param, KERNEL_LAYOUT, False):
                 continue
             if not _has_rows(param) and not isinstance(param, BasevLLMParameter):
                 continue
@@ -178,10 +183,9 @@ def _missing_sources(entry: Marked) -> list[str]:
         # One value for all of a fused layer: each part may bring it.
         return [sources[0][0]] if any(untouched) else []
     if same.dim() == _EXPERTS_DIM:
-        untouched = same.all(dim=1 if entry.layer.rows_last else 2).flatten().tolist()
-    else:
-        output_dim: int = entry.param.output_dim  # type: ignore[attr-defined]
-        untouched = same.all(dim=1 - output_dim).tolist()
+        return _missing_experts(same.transpose(1, 2) if entry.layer.rows_last else same, sources)
+    output_dim: int = entry.param.output_dim  # type: ignore[attr-defined]
+    untouched = same.all(dim=1 - output_dim).tolist()
     total = sum(rows for _, rows in sources)
     missing = []
     start = 0
@@ -191,4 +195,24 @@ def _missing_sources(entry: Marked) -> list[str]:
         if any(untouched[start * len(untouched) // total : -(-stop * len(untouched) // total)]):
             missing.append(source)
         start = stop
+    return missing
+
+
+def _missing_experts(same: torch.Tensor, sources: tuple[tuple[str, int], ...]) -> list[str]:
+    """The sources, in the order of experts and rows, of which a row or a column of `same`
+    [experts, rows, columns] is the mark throughout: upstream takes an expert's tensor that is
+    smaller than its place."""
+    missing = []
+    parts = len(sources) // same.shape[0]
+    for expert, untouched in enumerate(same):
+        mine = sources[expert * parts : (expert + 1) * parts]
+        total, start = sum(rows for _, rows in mine), 0
+        for source, rows in mine:
+            stop = start + rows
+            # Packed along the rows there are fewer of them, in the same proportion.
+            share = slice(start * len(untouched) // total, -(-stop * len(untouched) // total))
+            block = untouched[share]
+            if bool(block.all(dim=1).any()) or bool(block.all(dim=0).any()):
+                missing.append(source)
+            start = stop
     return missing

@@ -288,10 +288,8 @@ def check(
         return verdict
     row = _row(scheme, machine.device)
     assert row is not None
-    for problem in (_format_problem(row, request), _shape(request)):
-        if problem:
-            return Verdict(False, problem)
-    return Verdict(True)
+    problem = _format_problem(row, request) or _shape(request)
+    return Verdict(problem is None, problem)
 
 
 def check_moe(request: MoeRequest, machine: Machine, schemes: tuple[str, ...] = SCHEMES) -> Verdict:
@@ -302,9 +300,9 @@ def check_moe(request: MoeRequest, machine: Machine, schemes: tuple[str, ...] = 
     row = _row(request.scheme, machine.device, MOE_MATRIX)
     assert row is not None
     for name, product in request.products().items():
-        for problem in (_format_problem(row, product), _shape(product)):
-            if problem:
-                return Verdict(False, f"{name}: {problem}")
+        problem = _format_problem(row, product) or _shape(product)
+        if problem:
+            return Verdict(False, f"{name}: {problem}")
     if request.activation not in MOE_ACTIVATIONS:
         reason = f"activation ({request.activation}) not supported, supported are {MOE_ACTIVATIONS}"
         return Verdict(False, reason)
