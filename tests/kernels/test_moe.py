@@ -24,7 +24,7 @@ from moe_cases import (
 )
 from x_views import MATRIX_VIEWS
 
-pytestmark = pytest.mark.usefixtures("extension")
+pytestmark = [pytest.mark.usefixtures("extension"), pytest.mark.slow]
 
 # Hidden, intermediate, group; by the width of weights: one group and several, of one dword and of
 # an odd number of them, no whole tiles of channels, channels without whole dwords.

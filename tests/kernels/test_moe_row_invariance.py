@@ -12,7 +12,7 @@ from x_views import MATRIX_VIEWS
 
 from vllm_plugin_tm.kernels import ops
 
-pytestmark = pytest.mark.usefixtures("extension")
+pytestmark = [pytest.mark.usefixtures("extension"), pytest.mark.slow]
 
 # Experts get 0 to 20 rows, or, where all tokens choose the same, all of them: both sides of every
 # register tile, and more than the 32 rows of a block of results.

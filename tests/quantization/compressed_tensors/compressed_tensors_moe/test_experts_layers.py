@@ -29,7 +29,7 @@ from experts_cases import (
     routing,
 )
 
-pytestmark = pytest.mark.usefixtures("patched")
+pytestmark = [pytest.mark.usefixtures("patched"), pytest.mark.slow]
 
 W4A16 = Format("WNA16", 4, 32)
 W4A8 = Format("W4A8Int8", 4, 32)

@@ -28,7 +28,7 @@ from vllm_plugin_tm import envs, layer_table
 from vllm_plugin_tm.kernels.reference_moe import Activation
 from vllm_plugin_tm.quantization.experts_kernel import TMExpertsKernel
 
-pytestmark = pytest.mark.usefixtures("patched")
+pytestmark = [pytest.mark.usefixtures("patched"), pytest.mark.slow]
 
 W4A16 = Format("WNA16", 4, 32)
 
