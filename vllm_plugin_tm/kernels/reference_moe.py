@@ -2,14 +2,13 @@
 """The oracle of the ops that run routed experts, in float64 on top of the linear oracles: one
 expert after another, no sorting, no blocks. Calls no kernel."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vllm_plugin_tm.kernels import reference, reference_int8
+from vllm_plugin_tm.kernels import moe_activation, reference, reference_int8
 from vllm_plugin_tm.kernels.reference import FP32_UNIT
 
 # What the kernels' elementary functions may be off by, in float32 units in the last place: a few
@@ -18,24 +17,14 @@ _FUNCTION_UNITS = 24
 
 
 @dataclass(frozen=True)
-class Activation:
-    """What stands between the two products; the ops take the fields by their names.
+class Activation(moe_activation.Activation):
+    """With its meaning, in float64.
 
     swiglu: g' * sigmoid(alpha * g') * (u' + beta) with g' = min(g, limit), u' within +-limit.
     swiglustep: min(silu(g), limit) * u'. situ: alpha * tanh(g / alpha) * sigmoid(g) * u, u softly
     clipped to beta * tanh(u / beta) where beta > 0. gelu, gelu_tanh: gelu(g) * u. Names that end in
     _no_mul have no u: silu, gelu, gelu_tanh, relu2 (the square of what is positive).
     """
-
-    name: str = "swiglu"
-    alpha: float = 1.0
-    beta: float = 0.0
-    limit: float = math.inf
-
-    @property
-    def gated(self) -> bool:
-        """Whether the first product has two halves, gates and ups."""
-        return not self.name.endswith("_no_mul")
 
     def __call__(self, products: Tensor) -> Tensor:
         """float64 [..., 2 I] (gated: gates, then ups) or [..., I] to [..., I]."""

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Routed experts: disk tensors to kernel layout, expert by expert, and one op call a layer."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from vllm_plugin_tm import selftest
 from vllm_plugin_tm.kernels import ops
+from vllm_plugin_tm.kernels.moe_activation import Activation
 from vllm_plugin_tm.quantization import grouped_int
 from vllm_plugin_tm.quantization.kernel import TMKernel, put
 from vllm_plugin_tm.quantization.load_check import KERNEL_LAYOUT, Layer
@@ -19,21 +19,6 @@ from vllm_plugin_tm.quantization.support_matrix import (
     MoeRequest,
     normalize_group_size,
 )
-
-
-@dataclass(frozen=True)
-class Activation:
-    """What the ops take for the activation between the two products: see csrc/cpu/moe.h."""
-
-    name: str
-    alpha: float = 1.0
-    beta: float = 0.0
-    limit: float = math.inf
-
-    @property
-    def gated(self) -> bool:
-        """Whether the first product has gates and ups."""
-        return not self.name.endswith("_no_mul")
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from torch import Tensor
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
 from vllm_plugin_tm import envs, machine
+from vllm_plugin_tm.kernels.moe_activation import Activation
 from vllm_plugin_tm.quantization.activations import SMALLEST_INT8_GROUP
-from vllm_plugin_tm.quantization.experts_kernel import Activation, Names, TMExpertsKernel
+from vllm_plugin_tm.quantization.experts_kernel import Names, TMExpertsKernel
 from vllm_plugin_tm.quantization.support_matrix import (
     CHANNEL,
     WEIGHT_TYPES,
