@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the demo reads from the log and prints; the real server is tests/e2e's."""
 
+import json
+
 import pytest
 
-from tools import demo
+from tools import demo, make_model
 from tools.console import ToolError
 
 # As vLLM 0.32 logs several lines: each has the whole prefix.
@@ -96,5 +98,5 @@ def test_a_model_that_is_made_is_not_made_again(tmp_path, monkeypatch):
     folder.mkdir()
     with pytest.raises(AssertionError, match="it made the model"):
         demo.make_model()
-    (folder / "tm-model.json").write_text('{"recipe": 1}')
+    (folder / "tm-model.json").write_text(json.dumps({"recipe": make_model.RECIPE}))
     assert demo.make_model() == folder

@@ -77,7 +77,7 @@ def test_a_checkpoint_keeps_what_is_not_quantized(plain, tmp_path):
     config = json.loads((target / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "compressed-tensors"
     assert config["format"] == "pack-quantized"
-    assert config["ignore"] == ["lm_head"]
+    assert config["ignore"] == ["lm_head", r"re:.*\.gate$", r"re:.*\.shared_expert_gate$"]
     weights = config["config_groups"]["group_0"]["weights"]
     assert (weights["num_bits"], weights["group_size"], weights["symmetric"]) == (4, 32, False)
     assert (target / "tokenizer.json").is_file()
