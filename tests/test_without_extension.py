@@ -41,7 +41,8 @@ def test_everything_collects(tmp_path: Path, repository: Path) -> None:
 
 def test_kernel_tests_skip_with_the_reason(tmp_path: Path, repository: Path) -> None:
     """Nothing of tests/kernels fails or passes by accident, save what needs no extension."""
-    pure = [f"--ignore=tests/kernels/{name}.py" for name in ("test_reference", "test_reference_moe")]
+    names = ("test_reference", "test_reference_moe")
+    pure = [f"--ignore=tests/kernels/{name}.py" for name in names]
     run = _pytest(tmp_path, repository, "-q", "-rs", "tests/kernels", *pure)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     last = run.stdout.splitlines()[-1]
