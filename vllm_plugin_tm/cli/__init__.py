@@ -10,6 +10,7 @@ from typing import Protocol, cast
 # subcommand -> what `vllm-tm --help` says of it. The module of the same name has the rest.
 COMMANDS = {
     "doctor": "say what works on this machine; exit status 1 when something is broken",
+    "convert": "quantize a checkpoint to compressed-tensors, streamed",
     "bench": "measure the kernels against upstream's and against the machine's limits",
 }
 
