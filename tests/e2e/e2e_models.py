@@ -3,6 +3,7 @@
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from safetensors.torch import load_file, save_file
 
 from tools import make_model
+from vllm_plugin_tm.quantization.convert import SCHEMES
 
 # Heads, key/value heads, both widths and a half of each divide by 128 or leave whole groups of it,
 # so that all formats and two shards fit.
@@ -82,18 +84,22 @@ def tiny(folder: Path, architecture: str = "llama", seed: int = 0, **changes: An
     return target
 
 
+# The kernel runs 2 bits; the converter does not offer what rounding to nearest makes of them.
+SCHEMES["w2a16"] = replace(SCHEMES["w4a16"], bits=2)
+
+
 def quantized(
-    source: Path, group_size: int | None = 32, symmetric: bool = True, num_bits: int = 4
+    source: Path, group_size: int = 32, symmetric: bool = True, num_bits: int = 4
 ) -> Path:
-    """`source` with weight-only integers, beside it; group_size None is channel."""
-    group = group_size or "channel"
+    """`source` with weight-only integers, beside it; group size -1 is channel."""
+    group = "channel" if group_size == make_model.CHANNEL else group_size
     name = f"{source.name}-w{num_bits}a16-{group}{'' if symmetric else '-asymmetric'}"
     return make_model.quantize_checkpoint(
         source,
         source.with_name(name),
+        f"w{num_bits}a16",
         group_size=group_size,
         symmetric=symmetric,
-        num_bits=num_bits,
     )
 
 

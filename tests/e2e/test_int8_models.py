@@ -23,10 +23,10 @@ from tools import layout, make_model
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 FORMATS: dict[str, dict[str, Any]] = {
-    "w8a8": {"group_size": None, "num_bits": 8, "int8_activations": True, "int_quantized": True},
-    "w4a8-bytes": {"group_size": 32, "int8_activations": True, "int_quantized": True},
-    "w4a8-packed": {"group_size": 64, "int8_activations": True},
-    "w8a16": {"group_size": 32, "num_bits": 8},
+    "w8a8": {"scheme": "w8a8"},
+    "w4a8-bytes": {"scheme": "w4a8", "group_size": 32},
+    "w4a8-packed": {"scheme": "w4a8", "group_size": 64, "format": "pack-quantized"},
+    "w8a16": {"scheme": "w8a16", "group_size": 32},
 }
 SCHEMES = {
     "w8a8": "CompressedTensorsW8A8Int8",

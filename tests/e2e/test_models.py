@@ -11,8 +11,11 @@ import e2e_models
 import pytest
 import torch
 
+from tools import make_model
+
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
+CHANNEL = make_model.CHANNEL
 PROMPTS = [[7, 301, 44, 12, 500, 3, 3, 99, 128, 64, 250], [5], [400 - i for i in range(70)]]
 
 
@@ -21,13 +24,13 @@ class Model:
     """One tiny model: architecture, format and the activations' dtype."""
 
     architecture: str
-    group_size: int | None
+    group_size: int
     symmetric: bool
     dtype: str = "float32"
     num_bits: int = 4
 
     def __str__(self) -> str:
-        group = f"g{self.group_size}" if self.group_size else "channel"
+        group = f"g{self.group_size}" if self.group_size != CHANNEL else "channel"
         symmetry = "sym" if self.symmetric else "asym"
         return f"{self.architecture}-w{self.num_bits}-{group}-{symmetry}-{self.dtype}"
 
@@ -41,16 +44,16 @@ MODELS = (
     Model("llama", 32, True),
     Model("llama", 64, False),
     Model("llama", 128, True),
-    Model("llama", None, False),
+    Model("llama", CHANNEL, False),
     Model("qwen2", 32, False),
     Model("qwen2", 64, True),
     Model("qwen2", 128, False),
-    Model("qwen2", None, True),
+    Model("qwen2", CHANNEL, True),
     Model("qwen2", 32, False, "bfloat16"),
     Model("llama", 32, True, "float16"),
     Model("llama", 64, True, "float32", 8),
     Model("qwen2", 32, False, "float32", 8),
-    Model("qwen2", None, True, "bfloat16", 8),
+    Model("qwen2", CHANNEL, True, "bfloat16", 8),
     Model("llama", 128, False, "float32", 2),
 )
 

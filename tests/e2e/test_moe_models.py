@@ -17,7 +17,6 @@ from tools import make_model
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 PROMPTS = [[7, 301, 44, 12, 500, 3, 3, 99, 128, 64, 250], [5], [400 - i for i in range(70)]]
-INT8 = {"int8_activations": True, "int_quantized": True}
 
 
 @dataclass(frozen=True)
@@ -36,18 +35,18 @@ class Model:
         """Made once, quantized."""
         plain = e2e_models.tiny(folder, self.architecture, seed)
         target = plain.with_name(f"{plain.name}-{self}")
-        return make_model.quantize_checkpoint(plain, target, **self.how)
+        return make_model.quantize_checkpoint(plain, target, self.scheme, **self.how)
 
 
 KEPT = (
     Model("qwen3_moe", "w4a16", {"group_size": 32}),
-    Model("qwen3_moe", "w8a16", {"group_size": 64, "num_bits": 8, "symmetric": False}),
+    Model("qwen3_moe", "w8a16", {"group_size": 64, "symmetric": False}),
     Model("mixtral", "w4a16", {"group_size": 64, "symmetric": False}),
-    Model("mixtral", "w4a16", {"group_size": None}),
+    Model("mixtral", "w4a16", {"group_size": make_model.CHANNEL}),
 )
 ROUNDED = (
-    Model("qwen3_moe", "w4a8", {"group_size": 32, **INT8}),
-    Model("mixtral", "w8a8", {"group_size": None, "num_bits": 8, **INT8}),
+    Model("qwen3_moe", "w4a8", {"group_size": 32}),
+    Model("mixtral", "w8a8", {}),
 )
 DEEPSEEK = Model("deepseek_v3", "w4a16", {"group_size": 32})
 SHARED = Model("qwen3_moe", "w4a16", {"group_size": 64, "symmetric": False})

@@ -10,6 +10,8 @@ import e2e_models
 import pytest
 import torch
 
+from tools import make_model
+
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 PROMPTS = [[7, 301, 44, 12, 500, 3, 3, 99, 128, 64, 250], [5]]
@@ -33,7 +35,7 @@ def results(
     source = e2e_models.tiny(models, "qwen2")
     checkpoints = {
         "g64-asymmetric": e2e_models.quantized(source, 64, symmetric=False),
-        "channel": e2e_models.quantized(source, None),
+        "channel": e2e_models.quantized(source, make_model.CHANNEL),
     }
     jobs = {
         parallel: [

@@ -11,6 +11,7 @@ from typing import Protocol, cast
 COMMANDS = {
     "doctor": "say what works on this machine; exit status 1 when something is broken",
     "convert": "quantize a checkpoint to compressed-tensors, streamed",
+    "inspect": "say what a quantized checkpoint holds, and which kernel would run it here",
     "bench": "measure the kernels against upstream's and against the machine's limits",
 }
 

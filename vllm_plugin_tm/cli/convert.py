@@ -92,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--calibration-length", type=int, default=512, metavar="TOKENS", help="default: %(default)s"
     )
+    add("--calibration-python", metavar="FILE", help="the interpreter that has llm-compressor")
     add("--resume", action="store_true", help="go on with an unfinished conversion")
     add("--dry-run", action="store_true", help="say what would be done")
     add("--json", action="store_true", help="print the report as JSON")
@@ -178,6 +179,7 @@ def _options(args: argparse.Namespace) -> Options:
         calibration=args.calibration,
         calibration_samples=args.calibration_samples,
         calibration_length=args.calibration_length,
+        calibration_python=args.calibration_python,
     )
 
 

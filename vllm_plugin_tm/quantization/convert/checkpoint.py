@@ -7,7 +7,7 @@ No model class is asked: names and shapes say what a tensor is. FP8 checkpoints 
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -86,7 +86,7 @@ class Checkpoint:
     folder: Path
     config: dict
     tensors: dict[str, Stored]
-    block: int | None
+    block: int | None = None
 
     @property
     def files(self) -> list[Path]:
@@ -169,11 +169,32 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Reads the headers and the configuration of a folder.
+    """As read_checkpoint, of one that can be converted.
+
+    Raises ConvertError also for a checkpoint that is quantized otherwise than in FP8 blocks, and
+    for models whose weights have the input size first.
+    """
+    checkpoint = read_checkpoint(folder)
+    kind = checkpoint.config.get("model_type")
+    if kind in _INPUT_FIRST:
+        raise ConvertError(
+            f"{folder}: weights of {kind} models have the input size first; compressed-tensors has "
+            "no such layers"
+        )
+    block = _fp8_block(folder, checkpoint.config)
+    for name, stored in checkpoint.tensors.items():
+        scaled = block is not None and name + BLOCK_SCALE in checkpoint.tensors
+        if stored.spec.dtype == FP8 and not scaled:
+            raise ConvertError(f"{name} is FP8 without the scales of its blocks, {BLOCK_SCALE}")
+    return replace(checkpoint, block=block)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """The headers and the configuration of a folder.
 
     Raises ConvertError naming the file for: no folder, no config.json, no safetensors files, a
-    shard that the index names and the folder lacks, a truncated shard, a tensor that is in two
-    files, and a checkpoint that is quantized otherwise than in FP8 blocks.
+    shard that the index names and the folder lacks, a truncated shard, and a tensor that is in two
+    files.
     """
     if not folder.is_dir():
         raise ConvertError(f"{folder}: no such folder; SRC is a checkpoint on this machine")
@@ -184,16 +205,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             if name in tensors:
                 raise ConvertError(f"{name} is in {tensors[name].file.name} and in {path.name}")
             tensors[name] = stored
-    if config.get("model_type") in _INPUT_FIRST:
-        raise ConvertError(
-            f"{folder}: weights of {config['model_type']} models have the input size first; "
-            "compressed-tensors has no such layers"
-        )
-    block = _fp8_block(folder, config)
-    for name, stored in tensors.items():
-        if stored.spec.dtype == FP8 and (block is None or name + BLOCK_SCALE not in tensors):
-            raise ConvertError(f"{name} is FP8 without the scales of its blocks, {BLOCK_SCALE}")
-    return Checkpoint(folder, config, tensors, block)
+    return Checkpoint(folder, config, tensors)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -29,7 +29,7 @@ _SLACK = 128 << 20  # what allocators hold back, and libraries that load when fi
 _LEAST_PIECE = 1 << 14  # weights; below, the interpreter's part is most of the work
 
 # Options on which the bytes of the output do not depend.
-_HOW = ("workers", "max_memory", "resume", "_details")
+_HOW = ("workers", "max_memory", "resume", "calibration_python", "_details")
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,15 @@ def convert(
         ConvertError: with what, where and what is allowed; nothing that looks finished is left.
         KeyboardInterrupt: what is written is noted; the same call with `resume` goes on.
     """
-    source, folder = Path(source), Path(destination)
-    if options.method == "gptq":
-        from vllm_plugin_tm.quantization.convert.gptq import convert_calibrated
-
-        return convert_calibrated(source, folder, options)
     start = time.monotonic()
     watch = watch or Watch()
     stop = watch.stop or threading.Event()
-    plan = _planned(source, folder, options)
+    folder = Path(destination)
+    plan = _planned(Path(source), folder, options)
+    if options.method == "gptq":
+        from vllm_plugin_tm.quantization.convert.gptq import calibrate
+
+        return _report(plan, folder, *calibrate(plan, folder))
     config = output_config(plan)
     workers = options.workers or default_workers()
     target = Destination(

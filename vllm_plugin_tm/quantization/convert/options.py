@@ -62,6 +62,10 @@ output channel for that layer, or leave that layer as it is."""
 MSE_WEIGHTS = ("none", "square")
 """What `mse` weighs a weight's squared error with: nothing, or the weight's own square."""
 
+_POSITIVE = (
+    *("workers", "max_memory", "shard_bytes"),
+    *("calibration_samples", "calibration_length"),
+)
 DEFAULT_GROUP_SIZE = 32
 GiB = 1 << 30
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -76,7 +80,9 @@ class Options:
     compressed-tensors; targets None is the attention, MLP and expert projections of decoder
     layers. `lm_head` and `mtp` add those to the default targets. `max_memory` bounds the process's
     resident bytes, None: a quarter of the machine's. `workers` None: one for each processor of
-    this process. `calibration` is the text file that "gptq" reads.
+    this process. `calibration` is the text file that "gptq" reads, in so many
+    samples of so many tokens; `calibration_python` the interpreter that has llm-compressor (None:
+    this one).
     """
 
     scheme: str
@@ -97,6 +103,7 @@ class Options:
     calibration: str | None = None
     calibration_samples: int = 128
     calibration_length: int = 512
+    calibration_python: str | None = None
     _details: Scheme = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -130,7 +137,7 @@ class Options:
             raise ConvertError(
                 f"mse_weight {self.mse_weight!r} is for method 'mse', which is {self.method!r}"
             )
-        for name in ("workers", "max_memory", "shard_bytes"):
+        for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConvertError(f"{name} is {value}; a number above zero is allowed")

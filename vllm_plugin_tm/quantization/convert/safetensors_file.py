@@ -119,10 +119,16 @@ def make_header(specs: Iterable[Spec]) -> tuple[bytes, dict[str, int]]:
 
 
 class Reader:
-    """Open files, read in place by any number of threads. Close when done."""
+    """Open files, read in place by any number of threads; a context that closes them."""
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
 
     def open(self, paths: Iterable[Path]) -> None:
         """Opens what will be read, before threads do."""

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs in llm-compressor's own environment: one request in, one answer out, both JSON.
+
+Imports nothing of this package, which that environment need not have.
+"""
+
+import json
+import resource
+import sys
+
+REFUSED = "refused: "
+"""What stands before a reason that is the user's to mend."""
+
+
+def main() -> int:
+    """Reads the request from standard input; the answer is the last line of standard output."""
+    request = json.load(sys.stdin)
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(request["source"])
+    with open(request["text"], encoding="utf-8") as file:
+        tokens = tokenizer(file.read(), add_special_tokens=False)["input_ids"]
+    samples, length = request["samples"], request["length"]
+    if len(tokens) < samples * length:
+        print(
+            f"{REFUSED}{request['text']} has {len(tokens):,} tokens, but {samples} samples of "
+            f"{length} need {samples * length:,}; give a longer text, fewer or shorter samples"
+        )
+        return 1
+    rows = [tokens[i * length : (i + 1) * length] for i in range(samples)]
+    model = AutoModelForCausalLM.from_pretrained(request["source"], dtype="auto")
+    quantization = request["quantization"]
+    oneshot(
+        model=model,
+        dataset=Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * length] * samples}),
+        recipe=GPTQModifier(
+            config_groups=quantization["config_groups"],
+            ignore=quantization["ignore"],
+            actorder=None,  # groups of neighbours: what every reader of the format can run
+        ),
+        num_calibration_samples=samples,
+        max_seq_length=length,
+        shuffle_calibration_samples=False,
+    )
+    model.save_pretrained(request["destination"], save_compressed=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"peak_bytes": peak}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a compressed-tensors checkpoint holds: each module's scheme, shape, bytes and kernel, and
+how far its weights are from those of the checkpoint it was made of."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vllm_plugin_tm.quantization.convert.checkpoint import (
+    Checkpoint,
+    Matrix,
+    open_checkpoint,
+    read_checkpoint,
+)
+from vllm_plugin_tm.quantization.convert.errors import ConvertError
+from vllm_plugin_tm.quantization.convert.options import INT_QUANTIZED, PACK_QUANTIZED
+from vllm_plugin_tm.quantization.convert.safetensors_file import Reader, Stored
+from vllm_plugin_tm.quantization.support_matrix import (
+    CHANNEL,
+    Machine,
+    Request,
+    check,
+)
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationScheme
+
+_PARTS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape")
+
+
+@dataclass(frozen=True)
+class Error:
+    """Of dequantized weights against the originals: `relative` in norm, `largest` of one weight."""
+
+    relative: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A module with a matrix. `scheme` is what it is held as, "bf16" and the like where it is not
+    quantized; `shape` [N, K]; `kernel` what would run it here: "TM w4a16", or "upstream" with the
+    reason in `why`."""
+
+    module: str
+    scheme: str
+    shape: tuple[int, int]
+    nbytes: int
+    kernel: str
+    why: str = ""
+    error: Error | None = None
+
+
+def inspect(folder: Path, machine: Machine, source: Path | None = None) -> Iterator[Inspected]:
+    """Every module of a checkpoint that has a matrix, in the order of its files.
+
+    Compared with `source`, the checkpoint it was made of, where that is given. Raises ConvertError
+    as opening a checkpoint does, for a quantization that is not compressed-tensors, and for a
+    module whose tensors and configuration disagree.
+    """
+    checkpoint = read_checkpoint(folder)
+    quantization = checkpoint.config.get("quantization_config")
+    schemes = _schemes(folder, quantization) if quantization else {}
+    originals = _originals(source)
+    with Reader() as reader:
+        reader.open(checkpoint.files)
+        if originals is not None:
+            reader.open(originals[0].files)
+        for module, parts in _modules(checkpoint).items():
+            if "weight_scale" not in parts:
+                yield _plain(module, parts)
+                continue
+            scheme = _scheme(module, schemes)
+            found = _quantized(module, parts, scheme, machine)
+            if originals is not None:
+                error = _error(module, parts, scheme, reader, *originals)
+                found = Inspected(**{**vars(found), "error": error})
+            yield found
+
+
+def _modules(checkpoint: Checkpoint) -> dict[str, dict[str, Stored]]:
+    """Module -> its tensors, of modules with a matrix."""
+    modules: dict[str, dict[str, Stored]] = {}
+    for name, stored in checkpoint.tensors.items():
+        module, _, part = name.rpartition(".")
+        if part in _PARTS and (len(stored.spec.shape) == 2 or part == "weight_shape"):
+            modules.setdefault(module, {})[part] = stored
+    return {
+        m: parts for m, parts in modules.items() if "weight" in parts or "weight_packed" in parts
+    }
+
+
+def _schemes(folder: Path, quantization: dict) -> dict[str, "QuantizationScheme"]:
+    """Target -> scheme, as the configuration has them."""
+    from compressed_tensors.quantization import QuantizationConfig
+
+    method = quantization.get("quant_method")
+    if method != "compressed-tensors":
+        raise ConvertError(
+            f"{folder}: quant_method is {method!r}; compressed-tensors checkpoints are read"
+        )
+    config = QuantizationConfig.model_validate(quantization)
+    schemes: dict[str, QuantizationScheme] = {}
+    for scheme in config.config_groups.values():
+        if scheme.format is None:
+            scheme.format = config.format
+        schemes |= dict.fromkeys(scheme.targets, scheme)
+    return schemes
+
+
+def _scheme(module: str, schemes: dict[str, "QuantizationScheme"]) -> "QuantizationScheme":
+    from compressed_tensors.utils.match import match_name
+
+    for target, scheme in schemes.items():
+        if match_name(module, target):
+            return scheme
+    if "Linear" in schemes:
+        return schemes["Linear"]
+    raise ConvertError(f"{module} is quantized, but no target of the configuration is it")
+
+
+def _plain(module: str, parts: dict[str, Stored]) -> Inspected:
+    spec = parts["weight"].spec
+    name = str(spec.dtype).removeprefix("torch.")
+    return Inspected(module, name, (spec.shape[0], spec.shape[1]), spec.nbytes, "upstream")
+
+
+def _quantized(
+    module: str, parts: dict[str, Stored], scheme: "QuantizationScheme", machine: Machine
+) -> Inspected:
+    weights = scheme.weights
+    codes = parts.get("weight_packed", parts.get("weight"))
+    assert codes is not None
+    assert weights is not None
+    n, k = codes.spec.shape
+    if "weight_packed" in parts:
+        per_word = 32 // weights.num_bits
+        groups = parts["weight_scale"].spec.shape[1]
+        k = groups * weights.group_size if (weights.group_size or 0) > 0 else k * per_word
+    kind = "fp" if str(getattr(weights.type, "value", weights.type)) == "float" else "int"
+    act = scheme.input_activations
+    name = f"{'fp8' if kind == 'fp' else f'w{weights.num_bits}'}"
+    name += "" if kind == "fp" and act else f"a{act.num_bits if act else 16}"
+    strategy = str(getattr(weights.strategy, "value", weights.strategy))
+    group = f"g{weights.group_size}" if strategy == "group" else strategy
+    name += f" {group}" + ("" if weights.symmetric else " asymmetric")
+    kernel, why = _kernel(n, k, scheme, kind, machine)
+    nbytes = sum(stored.spec.nbytes for stored in parts.values())
+    return Inspected(module, name, (n, k), nbytes, kernel, why)
+
+
+def _kernel(
+    n: int, k: int, scheme: "QuantizationScheme", kind: str, machine: Machine
+) -> tuple[str, str]:
+    """What would run an unsharded bfloat16 layer with these weights on this machine, and why."""
+    from vllm_plugin_tm import envs
+
+    weights = scheme.weights
+    assert weights is not None
+    bits = weights.num_bits
+    types = {
+        (PACK_QUANTIZED, True): f"uint{bits}b{1 << (bits - 1)}",
+        (PACK_QUANTIZED, False): f"uint{bits}",
+        (INT_QUANTIZED, True): f"int{bits}",
+    }
+    weight_type = types.get((str(scheme.format), bool(weights.symmetric)))
+    if kind == "fp" or weight_type is None:
+        return "upstream", f"{scheme.format} of {bits} bits has no TM kernel"
+    our = f"w{4 if bits <= 4 else 8}a{8 if scheme.input_activations else 16}"
+    group = weights.group_size if (weights.group_size or 0) > 0 else CHANNEL
+    request = Request(
+        weight_type, not weights.symmetric, int(group or CHANNEL), "bfloat16", k, n, full_k=k
+    )
+    verdict = check(request, machine, envs.schemes(), our)
+    return (f"TM {our}", "") if verdict.ok else ("upstream", verdict.reason or "")
+
+
+def _originals(source: Path | None) -> tuple[Checkpoint, dict[str, Matrix]] | None:
+    if source is None:
+        return None
+    original = open_checkpoint(source)
+    return original, {matrix.module: matrix for matrix in original.matrices()}
+
+
+def _error(
+    module: str,
+    parts: dict[str, Stored],
+    scheme: "QuantizationScheme",
+    reader: Reader,
+    original: Checkpoint,
+    matrices: dict[str, Matrix],
+) -> Error:
+    """Dequantized by the library against the original."""
+    from compressed_tensors.compressors.base import BaseCompressor
+
+    matrix = matrices.get(module)
+    if matrix is None:
+        raise ConvertError(f"{module} is quantized, but {original.folder} has no such matrix")
+    tensors = {part: reader.read(stored, 0, stored.spec.shape) for part, stored in parts.items()}
+    compressor = BaseCompressor.get_value_from_registry(str(scheme.format))
+    held: Tensor = compressor.decompress(tensors, scheme)["weight"].double()
+    true = matrix.read(reader, 0, matrix.rows, original.block).double()
+    if held.shape != true.shape:
+        raise ConvertError(
+            f"{module}: shape {tuple(held.shape)}, but {tuple(true.shape)} in {original.folder}"
+        )
+    difference = held - true
+    norm = float(torch.linalg.vector_norm(true))
+    relative = float(torch.linalg.vector_norm(difference)) / norm if norm else math.nan
+    return Error(relative, float(difference.abs().max()))
