@@ -24,7 +24,7 @@ from vllm_plugin_tm.quantization.convert.options import (
 )
 from vllm_plugin_tm.quantization.convert.rounding import FP8
 from vllm_plugin_tm.quantization.convert.safetensors_file import Spec, Stored
-from vllm_plugin_tm.quantization.convert.selection import is_head, select
+from vllm_plugin_tm.quantization.convert.selection import is_head, layer_of, select
 from vllm_plugin_tm.quantization.support_matrix import CHANNEL, WORD_BITS
 
 
@@ -117,18 +117,16 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
             "embedding, which stays as it is"
         )
     kept = dict(choice.kept)
+    misfits = _misfits([matrices[name] for name in choice.quantized], options)
     group_of: dict[str, int] = {}
     for name in choice.quantized:
-        if matrices[name].problem:
-            raise ConvertError(
-                f"{name}: {matrices[name].problem}; --ignore with a pattern of these experts "
-                "leaves them as they are"
-            )
-        size = _group_size(matrices[name], options)
-        if size is None:
-            kept[name] = f"{_indivisible(matrices[name], options)}, as asked"
+        problem = misfits.get(layer_of(name))
+        if problem is None:
+            group_of[name] = options.weight_group
+        elif options.on_indivisible == "channel":
+            group_of[name] = CHANNEL
         else:
-            group_of[name] = size
+            kept[name] = f"{problem}, as asked"
     if not group_of:
         raise ConvertError(f"nothing is left to quantize; kept are {_reasons(kept)}")
     return Plan(options, checkpoint, _shards(checkpoint, options, matrices, group_of), kept)
@@ -156,17 +154,27 @@ def quantized_specs(
     return tuple(specs)
 
 
-def _group_size(matrix: Matrix, options: Options) -> int | None:
-    """The group size of a matrix; None where it is to be left alone."""
-    problem = _indivisible(matrix, options)
-    if problem is None:
-        return options.weight_group
-    if options.on_indivisible == "error":
-        raise ConvertError(
-            f"{matrix.module}: {problem}; --on-indivisible channel gives such a layer one scale "
-            "per output channel, skip leaves it as it is"
-        )
-    return CHANNEL if options.on_indivisible == "channel" else None
+def _misfits(matrices: list[Matrix], options: Options) -> dict[str, str]:
+    """Layer -> why groups or blocks do not fit it, of those that they do not: what vLLM runs as one
+    has one size of groups. Raises ConvertError where options say so, and for what cannot be read.
+    """
+    misfits: dict[str, str] = {}
+    for matrix in matrices:
+        if matrix.problem:
+            raise ConvertError(
+                f"{matrix.module}: {matrix.problem}; --ignore with a pattern of these experts "
+                "leaves them as they are"
+            )
+        problem = _indivisible(matrix, options)
+        if problem is None:
+            continue
+        if options.on_indivisible == "error":
+            raise ConvertError(
+                f"{matrix.module}: {problem}; --on-indivisible channel gives such a layer one "
+                "scale per output channel, skip leaves it as it is"
+            )
+        misfits.setdefault(layer_of(matrix.module), f"{matrix.module}: {problem}")
+    return misfits
 
 
 def _indivisible(matrix: Matrix, options: Options) -> str | None:
@@ -180,6 +188,9 @@ def _indivisible(matrix: Matrix, options: Options) -> str | None:
         return f"its input size ({matrix.columns}) is no multiple of the {what} size ({size})"
     if in_blocks and matrix.rows % size:
         return f"its output size ({matrix.rows}) is no multiple of the block size ({size})"
+    if in_blocks and matrix.columns == size:
+        # compressed-tensors tells blocks by the shape of their scales, and takes [N, 1] for rows'.
+        return f"its input size ({matrix.columns}) is a single block, which readers mistake"
     return None
 
 

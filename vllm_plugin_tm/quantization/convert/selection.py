@@ -33,7 +33,7 @@ _KEPT: tuple[tuple[str, str], ...] = (
     (r"(conv\w*|\w+_conv)", "convolution"),
     (
         r"(in_proj_(a|b|ba)|a_proj|b_proj|x_proj|dt_proj|f_[ab]_proj|g_[ab]_proj)",
-        "parameters of a linear-attention state",
+        "linear-attention state",
     ),
     (r"indexer", "indexer of sparse attention"),
 )
@@ -97,6 +97,17 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern
 
 
+def layer_of(name: str) -> str:
+    """The layer that a module is part of in vLLM: its own name, unless several run as one. All
+    experts of a decoder layer do, with all their projections."""
+    expert = _EXPERT.match(name)
+    if expert:
+        return expert[1]
+    parent, _, leaf = name.rpartition(".")
+    fused = next((group for group in FUSED if leaf in group), (leaf,))
+    return f"{parent}.{fused[0]}"
+
+
 def is_head(name: str) -> bool:
     """Whether this is the matrix of output logits."""
     return name.rpartition(".")[2] in ("lm_head", "embed_out")
@@ -143,22 +154,11 @@ def _rules(name: str) -> list[str]:
 
 
 def _check_fused(quantized: tuple[str, ...], kept: dict[str, str]) -> None:
-    chosen = set(quantized)
-    for name in quantized:
-        parent, _, leaf = name.rpartition(".")
-        for group in FUSED:
-            for other in group if leaf in group else ():
-                if f"{parent}.{other}" in kept:
-                    _refuse(name, f"{parent}.{other}", kept)
-    # The experts of a layer are one layer in vLLM, all their projections included.
-    first: dict[str, str] = {}
-    for name in (*quantized, *kept):
-        expert = _EXPERT.match(name)
-        if expert:
-            other = first.setdefault(expert[1], name)
-            if (name in chosen) != (other in chosen):
-                one, two = (name, other) if name in chosen else (other, name)
-                _refuse(one, two, kept)
+    first = {layer_of(name): name for name in reversed(quantized)}
+    for name in kept:
+        other = first.get(layer_of(name))
+        if other is not None:
+            _refuse(other, name, kept)
 
 
 def _refuse(quantized: str, other: str, kept: dict[str, str]) -> None:
