@@ -125,7 +125,7 @@ def test_layers_on_a_real_prompt(
 
 def _rounded(x: torch.Tensor, form: dict[str, Any]) -> torch.Tensor:
     x = x.float()
-    if not form.get("int8_activations"):
+    if not form["scheme"].endswith("a8"):
         return x
     args = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True)
     scale, zero_point = calculate_qparams(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), args)
