@@ -127,7 +127,7 @@ def _describe(
     if isinstance(kernel, MPLinearKernel | Int8ScaledMMLinearKernel):
         return scheme, type(kernel).__name__, False, "", None, _why_not(kernel)
     if scheme.startswith("Unquantized"):
-        return scheme, "-", False, "", None, "not quantized"
+        return scheme, "-", False, "", None, getattr(method, "tm_note", "not quantized")
     if isinstance(method, TMExpertsMethod):
         return scheme, "-", False, "", None, method.note
     name = type(kernel).__name__ if kernel is not None else "-"

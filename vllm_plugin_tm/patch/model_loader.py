@@ -12,9 +12,12 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from vllm_plugin_tm import layer_table
 from vllm_plugin_tm.quantization import load_check
+from vllm_plugin_tm.quantization.online.config import TMOnlineConfig
+from vllm_plugin_tm.quantization.online.options import refuse_without_method
 
 logger = logging.getLogger("vllm.plugin_tm")
 
@@ -22,9 +25,12 @@ logger = logging.getLogger("vllm.plugin_tm")
 class _LayerTable(BaseModelLoader):
     """Names the layer that could not be built; logs the layer table when a model is complete."""
 
-    def load_model(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
+    def load_model(
+        self, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any
+    ) -> torch.nn.Module:
+        refuse_without_method(vllm_config.additional_config, model_config.quantization)
         try:
-            model = super().load_model(*args, **kwargs)
+            model = super().load_model(vllm_config, model_config, *args, **kwargs)
         except load_check.CheckpointError:
             raise  # names everything already
         except ValueError as error:
@@ -35,6 +41,12 @@ class _LayerTable(BaseModelLoader):
         rows = layer_table.collect(model)
         layer_table.remember(rows)
         logger.info("%s", layer_table.render(rows))
+        return model
+
+    def create_model(self, vllm_config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        model = super().create_model(vllm_config, *args, **kwargs)
+        if isinstance(vllm_config.quant_config, TMOnlineConfig):
+            vllm_config.quant_config.refuse_unmatched()
         return model
 
 
@@ -79,6 +91,7 @@ class _Checked(DefaultModelLoader):
         finally:
             self._sources = {}
         load_check.refuse_missing(marked)
+        _refuse_half_loaded(model)
 
 
 class _Settled(DummyModelLoader):
@@ -98,12 +111,30 @@ def _tm_layers(model: torch.nn.Module) -> list[load_check.Layer]:
     layers = []
     for name, module in model.named_modules():
         kernel = layer_table.tm_kernel_of(module)
-        if kernel is None:
+        if kernel is None or _is_online(module):
             continue
         parent, _, leaf = name.rpartition(".")
         parts = [f"{parent}.{part}" if parent else part for part in fused.get(leaf, ())]
         layers += kernel.loaded(name, module, tuple(parts))
     return layers
+
+
+def _is_online(module: torch.nn.Module) -> bool:
+    """Whether the layer is quantized as its weights arrive."""
+    return bool(getattr(getattr(module, "quant_method", None), "uses_meta_device", False))
+
+
+def _refuse_half_loaded(model: torch.nn.Module) -> None:
+    """Layers that wait for weights when all have been read would be made of unwritten memory."""
+    for name, module in model.named_modules():
+        info = get_layerwise_info(module)
+        if not _is_online(module) or not info.can_load():
+            continue
+        if info.load_numel < (info.load_numel_total or 0):
+            raise load_check.CheckpointError(
+                f"layer {name}: the checkpoint has {info.load_numel} of its "
+                f"{info.load_numel_total} weights; tensors are missing"
+            )
 
 
 def _layer_in(traceback: TracebackType | None) -> str | None:

@@ -131,6 +131,27 @@ PATCHES: tuple[Patch, ...] = (
         delete_when="methods for routed experts choose kernels from a list that can be added to",
     ),
     Patch(
+        name="online",
+        target=f"{_QUANTIZATION}:_CUSTOMIZED_METHOD_TO_QUANT_CONFIG",
+        kind="registry",
+        why="upstream quantizes to FP8 and MXFP while loading, not to integers of 4 or 8 bits",
+        how="register_quantization_config of tm_w4a16, tm_w8a16, tm_w4a8 and tm_w8a8",
+        expects={
+            f"{_QUANTIZATION}:_CUSTOMIZED_METHOD_TO_QUANT_CONFIG": "dict",
+            f"{_QUANTIZATION}:register_quantization_config": "(quantization)",
+            f"{_LOADER}.reload.layerwise:initialize_online_processing": "(layer)",
+            f"{_QUANTIZATION}.compressed_tensors.compressed_tensors:"
+            "CompressedTensorsConfig.from_config": "(config)",
+            f"{_QUANTIZATION}.compressed_tensors.compressed_tensors:"
+            "CompressedTensorsLinearMethod.create_weights": (
+                "(self, layer, input_size_per_partition, output_partition_sizes, input_size,"
+                " output_size, params_dtype, **extra_weight_attrs)"
+            ),
+        },
+        tested=COMPAT_VLLM,
+        delete_when="upstream has online integer schemes whose kernels come from its lists",
+    ),
+    Patch(
         name="model_loader",
         target=f"{_LOADER}:_LOAD_FORMAT_TO_MODEL_LOADER",
         kind="registry",

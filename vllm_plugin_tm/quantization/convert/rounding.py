@@ -6,7 +6,7 @@ whatever rows stand beside it, so a matrix may be cut into rows anywhere (into b
 FP8 blocks). Converter and loader share it: their codes are equal.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -44,8 +44,15 @@ class Rounding:
         return (1 << (self.bits - 1)) - 1
 
 
+Reduce = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From the least and largest weights of parts of groups to those of whole groups."""
+
+
 def quantize_int(
-    weight: Tensor, rounding: Rounding, scale_dtype: torch.dtype
+    weight: Tensor,
+    rounding: Rounding,
+    scale_dtype: torch.dtype,
+    reduce: Reduce | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scales and zero points of a matrix.
 
@@ -53,6 +60,7 @@ def quantize_int(
         weight: floating [N, K]; the group size divides K. Finite: see check_finite.
         rounding: how.
         scale_dtype: what the scales are stored in, and so computed with.
+        reduce: where the groups are parts of larger ones, what makes theirs of these extremes.
 
     Returns:
         Codes int8 [N, K]; scales [N, G]; zero points int8 [N, G] or None where symmetric. The
@@ -62,6 +70,8 @@ def quantize_int(
     size = k if rounding.group_size == CHANNEL else rounding.group_size
     groups = weight.float().view(n, k // size, size)
     low, high = groups.amin(-1), groups.amax(-1)
+    if reduce is not None:
+        low, high = reduce(low, high)
     if rounding.method == "mse":
         scale, zero = _searched(groups, low, high, rounding, scale_dtype)
     else:

@@ -20,6 +20,7 @@ from vllm_plugin_tm.quantization.convert.errors import ConvertError
 from vllm_plugin_tm.quantization.convert.options import BLOCK, INT_QUANTIZED, Options
 from vllm_plugin_tm.quantization.convert.plan import Job, Plan
 from vllm_plugin_tm.quantization.convert.rounding import (
+    Reduce,
     Rounding,
     first_not_finite,
     quantize_fp8,
@@ -171,12 +172,17 @@ def make_piece(piece: Piece, plan: Plan, reader: Reader) -> Iterator[tuple[str, 
 
 
 def quantize(
-    weight: Tensor, group_size: int, options: Options, scale_dtype: torch.dtype
+    weight: Tensor,
+    group_size: int,
+    options: Options,
+    scale_dtype: torch.dtype,
+    reduce: Reduce | None = None,
 ) -> dict[str, Tensor]:
     """Rows of a matrix [N, K] in the layout of the options' format.
 
     The values of `weight_scale` and, by format, `weight_packed` and `weight_zero_point`, or
-    `weight`. N is a multiple of 8 (of 128 for FP8 blocks) unless the rows are the matrix's last.
+    `weight`. `reduce` is rounding's. N is a multiple of 8 (of 128 for FP8 blocks) unless the rows
+    are the matrix's last.
     """
     if options.details.kind == "float":
         if group_size == BLOCK:
@@ -189,7 +195,7 @@ def quantize(
     rounding = Rounding(
         options.details.bits, group_size, options.symmetric, options.method, options.mse_weight
     )
-    codes, scale, zero = quantize_int(weight, rounding, scale_dtype)
+    codes, scale, zero = quantize_int(weight, rounding, scale_dtype, reduce)
     if options.weight_format == INT_QUANTIZED:
         return {"weight": codes, "weight_scale": scale}
     tensors = {"weight_packed": pack_to_int32(codes, rounding.bits), "weight_scale": scale}

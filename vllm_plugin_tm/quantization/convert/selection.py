@@ -68,16 +68,19 @@ class Choice:
     kept: dict[str, str]
 
 
-def select(modules: Iterable[str], options: Options, layers: int | None = None) -> Choice:
+def select(
+    modules: Iterable[str], options: Options, layers: int | None = None, *, lenient: bool = False
+) -> Choice:
     """Chooses among the names of modules that have a matrix of weights.
 
     `layers` is the number of decoder layers in the model's configuration: a layer beyond it is a
-    multi-token prediction head. Raises ConvertError for a pattern of `options` that matches none,
-    and where modules that vLLM runs as one would be quantized in part: both are named.
+    multi-token prediction head. Raises ConvertError for a pattern of `options` that matches none
+    (unless `lenient`: these are not all modules), and where modules that vLLM runs as one would be
+    quantized in part: both are named.
     """
     names = list(modules)
     for option, patterns in (("targets", options.targets or ()), ("ignore", options.ignore)):
-        for pattern in patterns:
+        for pattern in () if lenient else patterns:
             if not any(matches(name, pattern) for name in names):
                 raise ConvertError(
                     f"{option} pattern {pattern!r} matches no module with a matrix of weights; "
@@ -86,7 +89,8 @@ def select(modules: Iterable[str], options: Options, layers: int | None = None) 
     reasons = {name: _reason(name, options, layers) for name in names}
     kept = {name: reason for name, reason in reasons.items() if reason is not None}
     quantized = tuple(name for name in names if name not in kept)
-    _check_fused(quantized, kept)
+    if not lenient:
+        _check_fused(quantized, kept)
     return Choice(quantized, kept)
 
 

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routed experts that are quantized when the layer's weights have arrived."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+from vllm.model_executor.utils import set_weight_attrs
+
+from vllm_plugin_tm.quantization.online.fill import fill, finite
+from vllm_plugin_tm.quantization.online.linear import DONE
+
+if TYPE_CHECKING:
+    from vllm_plugin_tm.quantization.online.config import TMOnlineConfig
+
+_WEIGHTS = ("w13", "w2")
+
+
+class _OnlineExperts:
+    """Mixed in before the live class of a method for compressed-tensors experts, which creates,
+    processes and runs what a checkpoint of the scheme would have held."""
+
+    uses_meta_device = True
+    tm_online: "TMOnlineConfig"
+    tm_prefix: str
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Registers `w13_weight` [E, N, H] and `w2_weight` [E, H, I] on the meta device. Raises
+        what upstream raises for experts that it would not load."""
+        sizes = (num_experts, hidden_size, intermediate_size_per_partition, params_dtype)
+        self._arguments, self._attributes = sizes, extra_weight_attrs
+        with torch.device("meta"):
+            rehearsal: Any = torch.nn.Module()
+            super().create_weights(rehearsal, *sizes, **extra_weight_attrs)  # type: ignore[misc]
+        shards = self.moe.w13_num_shards  # type: ignore[attr-defined]
+        shapes = {
+            "w13_weight": (shards * intermediate_size_per_partition, hidden_size),
+            "w2_weight": (hidden_size, intermediate_size_per_partition),
+        }
+        layer.num_experts, layer.orig_dtype = num_experts, params_dtype
+        for name, shape in shapes.items():
+            data = torch.empty((num_experts, *shape), device="meta", dtype=params_dtype)
+            weight = torch.nn.Parameter(data, requires_grad=False)
+            layer.register_parameter(name, weight)
+            # Packed weights are loaded in another order than plain ones by some formats.
+            plain = {k: v for k, v in extra_weight_attrs.items() if k != "is_transposed"}
+            set_weight_attrs(weight, plain)
+        initialize_online_processing(layer)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Quantizes expert by expert, then has upstream's method process what comes of it."""
+        if getattr(layer, DONE, False):
+            return
+        weights = {name: layer._parameters.pop(f"{name}_weight").data for name in _WEIGHTS}
+        super().create_weights(layer, *self._arguments, **self._attributes)  # type: ignore[misc]
+        options = self.tm_online.options
+        split = self.moe.moe_parallel_config.tp_size > 1  # type: ignore[attr-defined]
+        params = dict(layer.named_parameters(recurse=False))
+        for name in _WEIGHTS:
+            parts = {
+                key.removeprefix(f"{name}_"): param.data
+                for key, param in params.items()
+                if key.startswith(f"{name}_")
+            }
+            for expert, weight in enumerate(weights.pop(name)):
+                finite(f"{self.tm_prefix}.{expert} ({name})", weight)
+                own = {key: data[expert] for key, data in parts.items()}
+                fill(own, weight, options.weight_group, options, split=split and name == "w2")
+        super().process_weights_after_loading(layer)  # type: ignore[misc]
+        setattr(layer, DONE, True)
+
+
+_made: dict[type, type] = {}
+
+
+def online_experts(method: Any, config: "TMOnlineConfig", prefix: str) -> Any:
+    """Upstream's method for compressed-tensors experts, made to quantize what it is given."""
+    live = type(method)
+    if live not in _made:
+        # The loader compares the name of a method's class.
+        _made[live] = type(live.__name__, (_OnlineExperts, live), {"__module__": __name__})
+    method.__class__ = _made[live]
+    method.tm_online, method.tm_prefix = config, prefix
+    return method

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a loaded weight to the disk tensors of a compressed-tensors layer: the converter's bits."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from vllm_plugin_tm.quantization.convert.options import Options
+from vllm_plugin_tm.quantization.convert.rounding import Reduce, first_not_finite
+from vllm_plugin_tm.quantization.convert.run import PIECE_WEIGHTS, quantize
+from vllm_plugin_tm.quantization.online.options import KEY, OnlineError
+from vllm_plugin_tm.quantization.support_matrix import CHANNEL, WORD_BITS
+
+_ROWS = 8  # zero points of 8 rows share a word
+
+
+def fill(
+    tensors: Mapping[str, Tensor], weight: Tensor, group_size: int, options: Options, *, split: bool
+) -> None:
+    """Quantizes a weight [N, K] into a layer's tensors of the format's names: weight_packed or
+    weight, weight_scale, weight_zero_point, weight_shape.
+
+    `split`: the weight is a part of rows that other ranks have the rest of; scales of whole rows
+    then come from all parts.
+    """
+    n, k = weight.shape
+    step = max(PIECE_WEIGHTS // k // _ROWS, 1) * _ROWS
+    reduce = _over_ranks(options) if split and group_size == CHANNEL else None
+    per_word = WORD_BITS // options.details.bits
+    for row in range(0, n, step):
+        piece = weight[row : row + step]
+        for name, data in quantize(piece, group_size, options, weight.dtype, reduce).items():
+            at = row // per_word if name == "weight_zero_point" else row
+            tensors[name][at : at + len(data)].copy_(data)
+    if "weight_shape" in tensors:
+        tensors["weight_shape"].copy_(torch.tensor([n, k]))
+
+
+def finite(layer: str, weight: Tensor) -> None:
+    """Raises OnlineError naming layer, place and value of the first weight that is no number."""
+    bad = first_not_finite(weight)
+    if bad is not None:
+        row, column, value = bad
+        raise OnlineError(
+            f"{layer}: the weight is {value} at output row {row}, input {column} of this shard; "
+            "the checkpoint is damaged, a scale made of it would be too"
+        )
+
+
+def _over_ranks(options: Options) -> Reduce:
+    """Extremes of whole rows, from those of each rank's part of them."""
+    if options.method == "mse":
+        raise OnlineError(
+            f"{KEY}.method 'mse' with one scale per output channel looks at whole rows, which "
+            "--tensor-parallel-size splits; allowed are rtn and signed"
+        )
+    from vllm.distributed import get_tp_group
+
+    def reduce(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        both = torch.stack([-low, high])
+        torch.distributed.all_reduce(
+            both, torch.distributed.ReduceOp.MAX, group=get_tp_group().cpu_group
+        )
+        return -both[0], both[1]
+
+    return reduce
