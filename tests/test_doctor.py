@@ -10,6 +10,7 @@ import pytest
 from vllm_plugin_tm import cli, envs
 from vllm_plugin_tm.cli import checks, doctor
 from vllm_plugin_tm.kernels import ops
+from vllm_plugin_tm.patch.table import PATCHES
 
 needs_extension = pytest.mark.skipif(not ops.is_available(), reason="the extension is not built")
 
@@ -44,7 +45,7 @@ def test_the_command_is_green_and_prints_nothing_but_json():
         for scheme in envs.SCHEMES:
             for kind in ("linear", "moe"):
                 assert found[f"{scheme}_{kind} {isa}"]["state"] == "ok"
-    for patch in ("mixed_precision", "scaled_mm", "moe_methods", "model_loader"):
+    for patch in ("mixed_precision", "scaled_mm", "moe_methods", "online", "model_loader"):
         assert found[patch]["detail"].startswith("not applied")
 
 
@@ -55,7 +56,7 @@ def test_with_the_switch_on_patches_are_shown_as_applied(monkeypatch, capsys, pa
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert "applied: registry vllm.model_executor.kernels.linear:_POSSIBLE_KERNELS" in text
-    assert text.count("applied: ") == 4
+    assert text.count("applied: ") == len(PATCHES)
     assert "applied: subclass " in text
     assert "CompressedTensorsWNA16MoEMethod" in text
     assert text.rstrip().endswith("Everything works.")

@@ -53,21 +53,22 @@ def test_apply_is_idempotent_and_read_back():
         ("mixed_precision", True, ()),
         ("scaled_mm", True, ()),
         ("moe_methods", True, ()),
+        ("online", True, ()),
         ("model_loader", True, ()),
     ]
 
 
 def test_status_tells_what_is_not_applied(monkeypatch):
-    assert [row.applied for row in apply.status()] == [False] * 4
+    assert [row.applied for row in apply.status()] == [False] * 5
     apply.apply()
     linear._POSSIBLE_KERNELS[PlatformEnum.CPU].reverse()
-    assert [row.applied for row in apply.status()] == [False, True, True, True]
+    assert [row.applied for row in apply.status()] == [False, True, True, True, True]
     linear._POSSIBLE_KERNELS[PlatformEnum.CPU].reverse()
     linear._POSSIBLE_INT8_KERNELS[PlatformEnum.CPU].reverse()
-    assert [row.applied for row in apply.status()] == [True, False, True, True]
+    assert [row.applied for row in apply.status()] == [True, False, True, True, True]
     linear._POSSIBLE_INT8_KERNELS[PlatformEnum.CPU].reverse()
     monkeypatch.setattr(auto_gptq, "AutoGPTQMoEMethod", auto_gptq.AutoGPTQMoEMethod.__bases__[-1])
-    assert [row.applied for row in apply.status()] == [True, True, False, True]
+    assert [row.applied for row in apply.status()] == [True, True, False, True, True]
     monkeypatch.undo()
 
 

@@ -12,7 +12,10 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.model_executor.model_loader.reload.layerwise import (
+    get_layerwise_info,
+    initialize_online_processing,
+)
 
 from vllm_plugin_tm import layer_table
 from vllm_plugin_tm.quantization import load_check
@@ -47,6 +50,11 @@ class _LayerTable(BaseModelLoader):
         model = super().create_model(vllm_config, *args, **kwargs)
         if isinstance(vllm_config.quant_config, TMOnlineConfig):
             vllm_config.quant_config.refuse_unmatched()
+        for module in model.modules():
+            if _is_online(module):
+                # Again: a bias is registered after the weight, and one that is loaded first would
+                # not be counted, so that the layer waits for it until all others are loaded.
+                initialize_online_processing(module)
         return model
 
 

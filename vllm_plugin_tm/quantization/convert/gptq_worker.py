@@ -25,9 +25,9 @@ def main() -> int:
         tokens = tokenizer(file.read(), add_special_tokens=False)["input_ids"]
     samples, length = request["samples"], request["length"]
     if len(tokens) < samples * length:
-        print(
+        sys.stdout.write(
             f"{REFUSED}{request['text']} has {len(tokens):,} tokens, but {samples} samples of "
-            f"{length} need {samples * length:,}; give a longer text, fewer or shorter samples"
+            f"{length} need {samples * length:,}; give a longer text, fewer or shorter samples\n"
         )
         return 1
     rows = [tokens[i * length : (i + 1) * length] for i in range(samples)]
@@ -47,7 +47,7 @@ def main() -> int:
     )
     model.save_pretrained(request["destination"], save_compressed=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"peak_bytes": peak}))
+    sys.stdout.write(json.dumps({"peak_bytes": peak}) + "\n")
     return 0
 
 

@@ -7,6 +7,7 @@ import torch
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.utils import set_weight_attrs
 
+from vllm_plugin_tm import heap
 from vllm_plugin_tm.quantization.online.fill import fill, finite
 from vllm_plugin_tm.quantization.online.linear import DONE
 
@@ -72,9 +73,10 @@ class _OnlineExperts:
             }
             for expert, weight in enumerate(weights.pop(name)):
                 finite(f"{self.tm_prefix}.{expert} ({name})", weight)
-                own = {key: data[expert] for key, data in parts.items()}
+                own = {key: data[expert] for key, data in parts.items() if data.numel()}
                 fill(own, weight, options.weight_group, options, split=split and name == "w2")
         super().process_weights_after_loading(layer)  # type: ignore[misc]
+        heap.trim()
         setattr(layer, DONE, True)
 
 

@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantizing while loading: the converter's bits in every layer, reloads, and what is refused."""
+
+import gc
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import tiny_llama
+import torch
+from safetensors.torch import load_file, save_file
+
+from vllm_plugin_tm.kernels import ops
+
+pytest.importorskip("vllm")
+if not ops.is_available():
+    pytest.skip("the extension is not built", allow_module_level=True)
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from vllm_plugin_tm import layer_table
+from vllm_plugin_tm.patch import apply
+from vllm_plugin_tm.quantization.convert import Options, convert
+from vllm_plugin_tm.quantization.load_check import CheckpointError
+from vllm_plugin_tm.quantization.online.options import KEY, METHODS, OnlineError
+
+pytestmark = pytest.mark.slow
+
+SIZES = {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 128,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+EXPERTS = {
+    "qwen3_moe": {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}  # fmt: skip
+# `--quantization`, options of the user's, and the converter's for the same.
+REQUESTS = {
+    "w4a16": ("tm_w4a16", {}, Options("w4a16")),
+    "w4a16 g64 asymmetric mse": (
+        "tm_w4a16",
+        {"group_size": 64, "symmetric": False, "method": "mse"},
+        Options("w4a16", 64, symmetric=False, method="mse"),
+    ),
+    "w4a16 channel signed": (
+        "tm_w4a16",
+        {"group_size": "channel", "method": "signed"},
+        Options("w4a16", -1, method="signed"),
+    ),
+    "w8a16": ("tm_w8a16", {}, Options("w8a16")),
+    "w4a8": ("tm_w4a8", {"group_size": 64}, Options("w4a8", 64)),
+    "w8a8": ("tm_w8a8", {}, Options("w8a8")),
+}
+
+
+@pytest.fixture(autouse=True)
+def _patched(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # vLLM's CPU worker does the same: there is no cache to empty.
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    apply.apply()
+    yield
+    apply.remove()
+
+
+def make(folder, architecture="llama", seed=0, **changes):
+    """A seeded bf16 checkpoint of transformers' own saving."""
+    torch.manual_seed(seed)
+    sizes = SIZES | EXPERTS.get(architecture, {}) | changes
+    config = AutoConfig.for_model(architecture, **sizes)
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
+    return folder
+
+
+def online(path, method, options=None, **more):
+    additional = {KEY: options} if options else {}
+    return tiny_llama.load(path, quantization=method, additional_config=additional, **more)
+
+
+def parameters(model):
+    """All but the shapes in checkpoints, of which a fused layer keeps that of its last part."""
+    return {
+        name: param.data
+        for name, param in model.named_parameters()
+        if not name.endswith("weight_shape")
+    }
+
+
+def assert_equal(model, expected):
+    found = parameters(model)
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3_moe", "mixtral"])
+def test_the_layers_are_those_of_the_converted_checkpoint(tmp_path, architecture, name):
+    """Kernel layout, scales, zero points, all that is left unquantized: bit for bit."""
+    method, options, converter = REQUESTS[name]
+    plain = make(tmp_path / "plain", architecture)
+    convert(plain, tmp_path / "made", converter)
+    expected = parameters(tiny_llama.load(tmp_path / "made"))
+    rows = layer_table.last()
+    assert_equal(online(plain, method, options), expected)
+    assert [(r.kernel, r.on_tm, r.group_size, r.count) for r in layer_table.last()] == [
+        (r.kernel, r.on_tm, r.group_size, r.count) for r in rows
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_other_activations(tmp_path, dtype):
+    """The weights take the model's type before they are quantized."""
+    model = online(make(tmp_path / "plain"), "tm_w4a16", dtype=dtype)
+    layer = model.model.layers[0].mlp.down_proj
+    x = torch.randn(3, 256, dtype=getattr(torch, dtype))
+    y = layer.quant_method.apply(layer, x)
+    weight = load_file(tmp_path / "plain" / "model.safetensors")[
+        "model.layers.0.mlp.down_proj.weight"
+    ]
+    want = x.double() @ weight.double().T
+    assert float((y.double() - want).norm() / want.norm()) < 0.14
+
+
+def test_ignored_layers_stay_and_the_table_says_why(tmp_path):
+    plain = make(tmp_path / "plain", "qwen3_moe")
+    options = {"ignore": ["re:.*self_attn.*"]}
+    online(plain, "tm_w4a16", options)
+    rows = {(row.kernel, row.note): row.count for row in layer_table.last()}
+    assert rows[("TMExpertsKernel", "")] == 2
+    assert rows[("-", "ignored, as asked")] == 4
+    assert rows[("-", "router or gate")] == 2
+
+
+def test_targets_replace_the_default(tmp_path):
+    plain = make(tmp_path / "plain")
+    online(plain, "tm_w4a16", {"targets": ["re:.*down_proj$"]})
+    ours = [row for row in layer_table.last() if row.on_tm]
+    assert [(row.count, row.example) for row in ours] == [(2, "model.layers.0.mlp.down_proj")]
+
+
+def reload(model, path, **options):
+    """Upstream's own way of loading again."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import (
+        finalize_layerwise_reload,
+        initialize_layerwise_reload,
+    )
+
+    config = tiny_llama.engine_config(path, **options)
+    with set_current_vllm_config(config):
+        initialize_layerwise_reload(model)
+        model.load_weights(iter(load_file(path / "model.safetensors").items()))
+        finalize_layerwise_reload(model, config.model_config)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_reload_equals_a_fresh_load(tmp_path, architecture, name):
+    method, options, _ = REQUESTS[name]
+    model = online(make(tmp_path / "0", architecture), method, options)
+    places = {key: param.data_ptr() for key, param in model.named_parameters()}
+    for seed in (1, 2):
+        path = make(tmp_path / str(seed), architecture, seed)
+        reload(model, path, quantization=method, additional_config={KEY: options})
+        assert {key: param.data_ptr() for key, param in model.named_parameters()} == places
+        held = {key: value.clone() for key, value in parameters(model).items()}
+        assert_equal(online(path, method, options), held)
+
+
+def test_twenty_reloads_keep_memory_flat(tmp_path):
+    def resident():
+        gc.collect()
+        with open("/proc/self/status") as status:
+            return int(re.search(r"VmRSS:\s+(\d+)", status.read())[1]) * 1024
+
+    path = make(tmp_path / "0", hidden_size=512, intermediate_size=1024)
+    model = online(path, "tm_w4a16")
+    for _ in range(3):
+        reload(model, path, quantization="tm_w4a16")
+    before = resident()
+    for _ in range(20):
+        reload(model, path, quantization="tm_w4a16")
+    # A reload holds a layer of 3 MB in bf16 at a time; twenty that leaked one would hold 60.
+    assert resident() - before < 16e6
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"group_sise": 64}, r"'group_sise' \(64\), which is not known; allowed are group_size, "),
+        ({"group_size": "wide"}, "group_size is 'wide'; allowed is a multiple of 8"),
+        ({"group_size": True}, "group_size is True"),
+        ({"group_size": 12}, "group size 12 is not allowed"),
+        ({"symmetric": "no"}, "symmetric is 'no'; allowed is true or false"),
+        ({"method": "gptq"}, "method is 'gptq'; allowed is rtn or signed or mse"),
+        ({"method": 3}, "method is 3"),
+        ({"method": "signed", "symmetric": False}, "'signed' is for symmetric weights"),
+        ({"mse_weight": "square"}, "mse_weight 'square' is for method 'mse'"),
+        ({"on_indivisible": "pad"}, "on_indivisible 'pad' is not known"),
+        ({"ignore": "re:.*"}, "ignore is 're:.*'; allowed is a list"),
+        ({"ignore": ["re:("]}, "is no regular expression"),
+        ({"ignore": ["re:.*nowhere"]}, "ignore pattern 're:.*nowhere' matches no layer"),
+        ({"targets": ["re:.*q_proj$"]}, "q_proj would be quantized and .*k_proj would not"),
+        ({"group_size": 96}, r"input size \(128\) is no multiple of the group size \(96\)"),
+    ],
+)
+def test_wrong_options_are_refused_before_a_weight_is_read(tmp_path, options, words, monkeypatch):
+    plain = make(tmp_path / "plain")
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    def must_not(*_args, **_kwargs):
+        raise AssertionError("it read weights")
+
+    monkeypatch.setattr(DefaultModelLoader, "load_weights", must_not)
+    with pytest.raises(ValueError, match=words):
+        online(plain, "tm_w4a16", options)
+
+
+def test_options_of_another_scheme_are_refused(tmp_path):
+    plain = make(tmp_path / "plain")
+    with pytest.raises(ValueError, match="group size 32 does not go with scheme w8a8"):
+        online(plain, "tm_w8a8", {"group_size": 32})
+    with pytest.raises(ValueError, match="scheme w4a8 has no zero points"):
+        online(plain, "tm_w4a8", {"symmetric": False})
+    with pytest.raises(ValueError, match="tm_online is 'w4a16'; an object of options is allowed"):
+        tiny_llama.load(plain, quantization="tm_w4a16", additional_config={KEY: "w4a16"})
+
+
+def test_options_that_nothing_acts_on_are_refused(tmp_path):
+    plain = make(tmp_path / "plain")
+    with pytest.raises(OnlineError, match="--quantization is None; the options are for one of tm_"):
+        tiny_llama.load(plain, additional_config={KEY: {"group_size": 32}})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_quantized_checkpoint_is_refused(tmp_path, method):
+    plain = make(tmp_path / "plain")
+    convert(plain, tmp_path / "made", Options("w4a16"))
+    with pytest.raises(Exception, match=r"quantized already \(compressed-tensors\)"):
+        online(tmp_path / "made", method)
+
+
+def test_indivisible_layers_are_left_or_get_channels(tmp_path):
+    plain = make(tmp_path / "plain", intermediate_size=208)
+    for choice, groups in (("channel", {32: 6, -1: 2}), ("skip", {32: 6})):
+        online(plain, "tm_w4a16", {"on_indivisible": choice})
+        rows = layer_table.last()
+        assert {row.group_size: row.count for row in rows if row.on_tm} == groups
+        notes = [row.note for row in rows if "no multiple of the group size" in row.note]
+        assert len(notes) == (choice == "skip")
+
+
+def spoilt(tmp_path, spoil):
+    path = make(tmp_path / "plain")
+    tensors = load_file(path / "model.safetensors")
+    spoil(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def test_a_missing_tensor_is_refused_by_its_layer(tmp_path):
+    path = spoilt(tmp_path, lambda t: t.pop("model.layers.1.self_attn.k_proj.weight"))
+    with pytest.raises(CheckpointError, match=r"layers.1.self_attn.qkv_proj: .* tensors are miss"):
+        online(path, "tm_w4a16")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_by_their_layer(tmp_path, value):
+    def spoil(tensors):
+        tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = value
+
+    with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj: the weight is .* output row 3"):
+        online(spoilt(tmp_path, spoil), "tm_w8a8")
+
+
+def test_a_wrong_shape_is_refused_by_its_name(tmp_path):
+    def spoil(tensors):
+        name = "model.layers.0.mlp.up_proj.weight"
+        tensors[name] = tensors[name][:-8].clone()
+
+    with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj.weight \(torch.bfloat16"):
+        online(spoilt(tmp_path, spoil), "tm_w4a16")
+
+
+def test_the_switch_off_knows_no_such_method(tmp_path):
+    plain = make(tmp_path / "plain")
+    apply.remove()
+    with pytest.raises(Exception, match="tm_w4a16"):
+        online(plain, "tm_w4a16")
+
+
+def test_experts_that_do_not_fit_are_refused_before_loading(tmp_path):
+    plain = make(tmp_path / "plain", "qwen3_moe", moe_intermediate_size=48)
+    with pytest.raises(NotImplementedError, match=r"input size \(48\) must be a multiple"):
+        online(plain, "tm_w4a16", {"group_size": 32})
+
+
+def test_dummy_weights_load_too(tmp_path):
+    plain = make(tmp_path / "plain")
+    (plain / "model.safetensors").unlink()
+    online(plain, "tm_w4a16", load_format="dummy")
+    assert sum(row.count for row in layer_table.last() if row.on_tm) == 8
+
+
+def test_all_of_what_is_asked_can_be_written_as_json():
+    for _, options, converter in REQUESTS.values():
+        assert json.loads(json.dumps(options)) == options
+        assert replace(converter)
