@@ -77,8 +77,8 @@ def test_no_device_is_hard_coded_in_the_layers_way():
 
 def test_only_the_reference_takes_codes_apart():
     """One unpacker and one packer of checkpoints, which are the compressed-tensors library's; one
-    packer of kernel layouts, which is C++. Only AWQ's experts come in an order that has to be undone
-    before; only the converter writes checkpoints."""
+    packer of kernel layouts, which is C++. Only AWQ's experts come in an order that has to be
+    undone before; only the converter writes checkpoints."""
     users = {
         name
         for path, name in zip(SOURCES, names(SOURCES), strict=True)

@@ -30,18 +30,24 @@ def cores() -> str:
 def results(
     models: Path, cores: str, run_engines: Callable[..., list[dict[str, Any]]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """By name: one engine with one worker, one with two. Group 64: row-parallel layers have whole
-    groups in each shard. Channel: their scales are replicated."""
+    """By name: one engine with one worker, one with two, one with two that quantizes while it
+    loads. Group 64: row-parallel layers have whole groups in each shard. Channel: their scales are
+    replicated."""
     source = e2e_models.tiny(models, "qwen2")
     checkpoints = {
         "g64-asymmetric": e2e_models.quantized(source, 64, symmetric=False),
         "channel": e2e_models.quantized(source, make_model.CHANNEL),
+    }
+    online = {
+        "g64-asymmetric": {"group_size": 64, "symmetric": False},
+        "channel": {"group_size": "channel"},
     }
     jobs = {
         parallel: [
             {
                 "engine": {
                     "model": str(path),
+                    **how,
                     "dtype": "float32",
                     "skip_tokenizer_init": True,
                     "enforce_eager": True,
@@ -55,7 +61,20 @@ def results(
                 "tokens": 16,
                 "workers": True,
             }
-            for path in checkpoints.values()
+            for path, how in (
+                *((path, {}) for path in checkpoints.values()),
+                *(
+                    (
+                        source,
+                        {
+                            "quantization": "tm_w4a16",
+                            "additional_config": {"tm_online": online[name]},
+                        },
+                    )
+                    for name in checkpoints
+                    if parallel == 2
+                ),
+            )
         ]
         for parallel in (1, 2)
     }
@@ -64,7 +83,10 @@ def results(
         run_engines(f"parallel-{parallel}", jobs[parallel], VLLM_CPU_OMP_THREADS_BIND=bind)
         for parallel, bind in binding.items()
     ]
-    return {name: list(pair) for name, *pair in zip(checkpoints, *answers, strict=True)}
+    one, two = answers
+    count = len(checkpoints)
+    columns = (one, two[:count], two[count:])
+    return {name: list(row) for name, *row in zip(checkpoints, *columns, strict=True)}
 
 
 @pytest.mark.parametrize("name", ["g64-asymmetric", "channel"])
@@ -72,16 +94,28 @@ def test_two_workers_answer_as_one(results: dict[str, list[dict[str, Any]]], nam
     """Greedy tokens are equal; log-probabilities differ by the order of float32 sums, which each
     row-parallel layer splits in two: a few units of 2**-24 in norm, as between us and the reference
     in test_models.py, where a scale error of 1 % gives 3e-3."""
-    one, two = (result["answers"][0] for result in results[name])
+    one, two, _ = (result["answers"][0] for result in results[name])
     assert one["tokens"] == two["tokens"]
     for alone, shared in zip(one["logprobs"], two["logprobs"], strict=True):
         assert float((shared - alone).norm() / alone.norm()) <= 2e-6
 
 
+@pytest.mark.parametrize("name", ["g64-asymmetric", "channel"])
+def test_quantizing_while_loading_gives_the_same_codes(
+    results: dict[str, list[dict[str, Any]]], name: str
+) -> None:
+    """Two workers that quantize their shards and two that load those of the converted checkpoint:
+    bit for bit. Scales of whole rows come from both shards."""
+    _, converted, online = (result["answers"][0] for result in results[name])
+    assert converted["tokens"] == online["tokens"]
+    for a, b in zip(converted["logprobs"], online["logprobs"], strict=True):
+        assert torch.equal(a, b)
+
+
 def test_both_workers_are_patched(results: dict[str, list[dict[str, Any]]]) -> None:
     """Two processes of their own, each with every patch applied and all eight layers on our kernel,
     each on one thread."""
-    for _, two in results.values():
+    for two in (result for _, *both in results.values() for result in both):
         first, second = two["workers"]
         assert len({first["pid"], second["pid"], os.getpid()}) == 3
         assert first["patches"] == second["patches"]

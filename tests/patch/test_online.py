@@ -3,6 +3,7 @@
 
 import gc
 import json
+import pickle
 import re
 from dataclasses import replace
 
@@ -306,6 +307,15 @@ def test_dummy_weights_load_too(tmp_path):
     (plain / "model.safetensors").unlink()
     online(plain, "tm_w4a16", load_format="dummy")
     assert sum(row.count for row in layer_table.last() if row.on_tm) == 8
+
+
+def test_the_configs_reach_a_worker():
+    """vLLM pickles its configuration for each process that it starts."""
+    from vllm_plugin_tm.quantization.online.config import CLASSES
+
+    assert [config.method for config in CLASSES] == list(METHODS)
+    for config in CLASSES:
+        assert type(pickle.loads(pickle.dumps(config()))) is config
 
 
 def test_all_of_what_is_asked_can_be_written_as_json():

@@ -4,16 +4,16 @@
 from vllm.model_executor.layers import quantization
 from vllm.platforms import current_platform
 
-from vllm_plugin_tm.quantization.online.config import classes
+from vllm_plugin_tm.quantization.online.config import CLASSES
 from vllm_plugin_tm.quantization.online.options import METHODS
 
 
 def install() -> None:
     """Registers a config class for each name, as upstream offers it to plugins."""
     known = quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG
-    for method, config in classes().items():
-        if method not in known:
-            quantization.register_quantization_config(method)(config)
+    for config in CLASSES:
+        if config.method not in known:
+            quantization.register_quantization_config(config.method)(config)
 
 
 def remove() -> None:

@@ -25,7 +25,7 @@ from vllm_plugin_tm.quantization.convert.options import Options
 from vllm_plugin_tm.quantization.convert.selection import matches, select
 from vllm_plugin_tm.quantization.online.experts import online_experts
 from vllm_plugin_tm.quantization.online.linear import OnlineLinearMethod
-from vllm_plugin_tm.quantization.online.options import KEY, METHODS, OnlineError, parse
+from vllm_plugin_tm.quantization.online.options import KEY, OnlineError, parse
 
 # Any expert stands for all, and any projection of it for the others.
 _EXPERT = "0.gate_proj"
@@ -83,12 +83,25 @@ class TMOnlineConfig(QuantizationConfig):
         value = getattr(model.hf_text_config, "num_hidden_layers", None)
         return value if isinstance(value, int) else None
 
+    @cached_property
+    def _stored_dtype(self) -> torch.dtype | None:
+        model = get_current_vllm_config().model_config
+        found = getattr(model.hf_text_config, "dtype", None)
+        found = getattr(torch, found, None) if isinstance(found, str) else found
+        return found if isinstance(found, torch.dtype) else None
+
+    def scale_dtype(self, weight: torch.dtype) -> torch.dtype:
+        """What scales are computed with: the weights' own type, which the converter stores them in.
+        A float32 model has its weights exactly as the checkpoint does, and so its scales."""
+        return (self._stored_dtype or weight) if weight == torch.float32 else weight
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How the layer's weights are made and used; None leaves it to upstream.
 
         Raises OnlineError for wrong options, and where the modules that are fused in the layer
         would be treated differently.
         """
+        _ = self._stored_dtype  # vLLM's configuration is at hand now, and not when weights arrive
         if isinstance(layer, LinearBase):
             reason = self.reason(prefix, self._members(prefix))
             if reason is not None:
@@ -164,9 +177,35 @@ def _already(method: str, config: Any) -> str:
     )
 
 
-def classes() -> dict[str, type[TMOnlineConfig]]:
-    """Name -> class, one for each of METHODS."""
-    return {
-        method: type(f"TM{scheme.upper()}OnlineConfig", (TMOnlineConfig,), {"method": method})
-        for method, scheme in METHODS.items()
-    }
+# Classes of the module, each under its name: a worker gets the config pickled.
+class TMW4A16OnlineConfig(TMOnlineConfig):
+    """--quantization tm_w4a16."""
+
+    method = "tm_w4a16"
+
+
+class TMW8A16OnlineConfig(TMOnlineConfig):
+    """--quantization tm_w8a16."""
+
+    method = "tm_w8a16"
+
+
+class TMW4A8OnlineConfig(TMOnlineConfig):
+    """--quantization tm_w4a8."""
+
+    method = "tm_w4a8"
+
+
+class TMW8A8OnlineConfig(TMOnlineConfig):
+    """--quantization tm_w8a8."""
+
+    method = "tm_w8a8"
+
+
+CLASSES: tuple[type[TMOnlineConfig], ...] = (
+    TMW4A16OnlineConfig,
+    TMW8A16OnlineConfig,
+    TMW4A8OnlineConfig,
+    TMW8A8OnlineConfig,
+)
+"""One for each of METHODS."""

@@ -74,7 +74,9 @@ class _OnlineExperts:
             for expert, weight in enumerate(weights.pop(name)):
                 finite(f"{self.tm_prefix}.{expert} ({name})", weight)
                 own = {key: data[expert] for key, data in parts.items() if data.numel()}
-                fill(own, weight, options.weight_group, options, split=split and name == "w2")
+                scale_dtype = self.tm_online.scale_dtype(weight.dtype)
+                group, whole_rows = options.weight_group, not split or name == "w13"
+                fill(own, weight, group, options, scale_dtype, split=not whole_rows)
         super().process_weights_after_loading(layer)  # type: ignore[misc]
         heap.trim()
         setattr(layer, DONE, True)

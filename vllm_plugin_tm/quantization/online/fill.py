@@ -16,7 +16,13 @@ _ROWS = 8  # zero points of 8 rows share a word
 
 
 def fill(
-    tensors: Mapping[str, Tensor], weight: Tensor, group_size: int, options: Options, *, split: bool
+    tensors: Mapping[str, Tensor],
+    weight: Tensor,
+    group_size: int,
+    options: Options,
+    scale_dtype: torch.dtype,
+    *,
+    split: bool,
 ) -> None:
     """Quantizes a weight [N, K] into a layer's tensors of the format's names: weight_packed or
     weight, weight_scale, weight_zero_point, weight_shape.
@@ -30,7 +36,7 @@ def fill(
     per_word = WORD_BITS // options.details.bits
     for row in range(0, n, step):
         piece = weight[row : row + step]
-        for name, data in quantize(piece, group_size, options, weight.dtype, reduce).items():
+        for name, data in quantize(piece, group_size, options, scale_dtype, reduce).items():
             at = row // per_word if name == "weight_zero_point" else row
             tensors[name][at : at + len(data)].copy_(data)
     if "weight_shape" in tensors:

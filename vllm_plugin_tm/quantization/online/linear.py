@@ -99,7 +99,9 @@ class OnlineLinearMethod(CompressedTensorsLinearMethod):
         super().create_weights(layer, *self._arguments, **self._attributes)
         row_parallel = self._arguments[0] != self._arguments[2]
         parts = {name: param.data for name, param in layer.named_parameters(recurse=False)}
-        fill(parts, weight, self._group_size, self._config.options, split=row_parallel)
+        scale_dtype = self._config.scale_dtype(weight.dtype)
+        options = self._config.options
+        fill(parts, weight, self._group_size, options, scale_dtype, split=row_parallel)
         del weight
         super().process_weights_after_loading(layer)
         # Temporary tensors of many sizes leave holes: 10 MB more with every 20 reloads of 3 MB.
