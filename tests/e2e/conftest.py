@@ -53,7 +53,7 @@ def models() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_w4a16(_extension: None) -> Path:
     """SmolLM2-135M in W4A16, group 32, the checkpoint of `make demo`."""
-    plain = make_model.smollm2(layout.MODELS / "smollm2-135m-bf16")
+    plain = make_model.smollm2(layout.MODELS / make_model.PLAIN)
     return make_model.quantize_checkpoint(
         plain,
         layout.MODELS / make_model.w4a16_name(32, True),

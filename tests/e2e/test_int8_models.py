@@ -41,7 +41,7 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 @pytest.fixture(scope="module")
 def checkpoints() -> dict[str, Path]:
     """SmolLM2 in every format."""
-    plain = make_model.smollm2(layout.MODELS / "smollm2-135m-bf16")
+    plain = make_model.smollm2(layout.MODELS / make_model.PLAIN)
     return {
         name: make_model.quantize_checkpoint(plain, layout.MODELS / f"smollm2-135m-{name}", **how)
         for name, how in FORMATS.items()

@@ -75,6 +75,12 @@ def test_both_arms_differ_in_the_switch_only():
     assert different == {"VLLM_PLUGIN_TM"}
 
 
+def test_the_online_demo_differs_in_the_method_too():
+    model = demo.layout.MODELS / "m"
+    on = demo.server_for(model, "1", demo.ONLINE_ARGUMENTS)
+    assert on._command[-2:] == ["--quantization", "tm_w4a16"]
+
+
 def test_the_report_has_the_ratio():
     text = demo.report([("1", 100.0, 2.0), ("0", 25.0, 1.0)])
     assert "VLLM_PLUGIN_TM=1    100.0  (2.0)" in text

@@ -13,7 +13,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = (
-    *("demo", "serve", "test", "test-fast", "lint", "wheel", "upstream-test", "compat", "bench"),
+    *(
+        "demo",
+        "demo-online",
+        "serve",
+        "test",
+        "test-fast",
+        "lint",
+        "wheel",
+        "upstream-test",
+        "compat",
+        "bench",
+    ),
     *("clean", "help"),
 )
 
