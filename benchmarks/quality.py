@@ -5,6 +5,7 @@ scheme, group size and method. Run as `python -m benchmarks.quality`; see docs/c
 import argparse
 import json
 import math
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from transformers.utils import logging
 
 from benchmarks import small_model
 from tools import layout, make_model
-from vllm_plugin_tm.quantization.convert import Options, convert
+from vllm_plugin_tm.quantization.convert import ConvertError, Options, convert
 
 WINDOW = 512
 GPTQ_SAMPLES = 64
@@ -96,7 +97,11 @@ def quality(name: str, plain: Path, text: str, windows: int, more: list[Options]
     yield Figure(name, "bf16", "", "", *measure(plain, tokens, reference), size)
     for options in more:
         with tempfile.TemporaryDirectory(dir=layout.BUILD) as folder:
-            report = convert(plain, Path(folder) / "model", options)
+            try:
+                report = convert(plain, Path(folder) / "model", options)
+            except ConvertError as error:
+                print(f"    {options.scheme} {options.weight_group}: {error}", file=sys.stderr)
+                continue
             figures = measure(Path(folder) / "model", tokens, reference)
         group = "channel" if options.weight_group < 0 else str(options.weight_group)
         method = options.method + ("" if options.symmetric else ", zero points")
