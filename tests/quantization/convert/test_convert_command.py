@@ -165,6 +165,27 @@ def test_inspect_knows_every_scheme(source, tmp_path, capsys, scheme):
     assert module["shape"] == [512, 256]
 
 
+def test_inspect_asks_the_matrix_of_experts(tmp_path, capsys, monkeypatch):
+    from vllm_plugin_tm import machine
+    from vllm_plugin_tm.quantization.support_matrix import Machine
+
+    source, target = cases.make(tmp_path / "moe", "qwen3_moe"), tmp_path / "dst"
+    assert main(["convert", str(source), str(target), "--scheme", "w4a8"]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(machine, "detect", lambda: Machine("cpu", "avx2"))
+    assert main(["inspect", str(target), "--json"]) == 0
+    found = {module["module"]: module for module in json.loads(capsys.readouterr().out)}
+    assert found["model.layers.0.self_attn.q_proj"]["kernel"] == "TM w4a8"
+    assert found["model.layers.0.mlp.experts.0.down_proj"]["kernel"] == "TM w4a8"
+    assert main(["convert", str(source), str(tmp_path / "d2"), "--scheme", "w4a16"]) == 0
+    monkeypatch.setenv("VLLM_PLUGIN_TM_SCHEMES", "w8a8")
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "d2"), "--json"]) == 0
+    found = {module["module"]: module for module in json.loads(capsys.readouterr().out)}
+    assert found["model.layers.0.mlp.experts.0.down_proj"]["kernel"] == "upstream"
+    assert "w4a16" in found["model.layers.0.mlp.experts.0.down_proj"]["why"]
+
+
 def test_inspect_refuses_by_name(source, tmp_path, capsys):
     (source / "config.json").write_text('{"quantization_config": {"quant_method": "gguf"}}')
     assert main(["inspect", str(source)]) == 1

@@ -3,6 +3,7 @@
 how far its weights are from those of the checkpoint it was made of."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,16 @@ from vllm_plugin_tm.quantization.convert.safetensors_file import Reader, Stored
 from vllm_plugin_tm.quantization.support_matrix import (
     CHANNEL,
     Machine,
+    MoeRequest,
     Request,
     check,
+    check_moe,
 )
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
 
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _PARTS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape")
 
 
@@ -149,15 +153,16 @@ def _quantized(
     strategy = str(getattr(weights.strategy, "value", weights.strategy))
     group = f"g{weights.group_size}" if strategy == "group" else strategy
     name += f" {group}" + ("" if weights.symmetric else " asymmetric")
-    kernel, why = _kernel(n, k, scheme, kind, machine)
+    kernel, why = _kernel(module, n, k, scheme, kind, machine)
     nbytes = sum(stored.spec.nbytes for stored in parts.values())
     return Inspected(module, name, (n, k), nbytes, kernel, why)
 
 
 def _kernel(
-    n: int, k: int, scheme: "QuantizationScheme", kind: str, machine: Machine
+    module: str, n: int, k: int, scheme: "QuantizationScheme", kind: str, machine: Machine
 ) -> tuple[str, str]:
-    """What would run an unsharded bfloat16 layer with these weights on this machine, and why."""
+    """What would run an unsharded bfloat16 layer with these weights on this machine, and why.
+    Experts are asked about one projection at a time, with the usual activation between them."""
     from vllm_plugin_tm import envs
 
     weights = scheme.weights
@@ -173,10 +178,14 @@ def _kernel(
         return "upstream", f"{scheme.format} of {bits} bits has no TM kernel"
     our = f"w{4 if bits <= 4 else 8}a{8 if scheme.input_activations else 16}"
     group = weights.group_size if (weights.group_size or 0) > 0 else CHANNEL
-    request = Request(
-        weight_type, not weights.symmetric, int(group or CHANNEL), "bfloat16", k, n, full_k=k
-    )
-    verdict = check(request, machine, envs.schemes(), our)
+    common = (weight_type, not weights.symmetric, int(group or CHANNEL), "bfloat16")
+    if _EXPERT.search(module):
+        down = module.endswith((".down_proj", ".w2"))
+        hidden, inner = (n, k) if down else (k, n)
+        experts = MoeRequest(our, *common, hidden, inner, inner, activation="silu")
+        verdict = check_moe(experts, machine, envs.schemes())
+    else:
+        verdict = check(Request(*common, k, n, full_k=k), machine, envs.schemes(), our)
     return (f"TM {our}", "") if verdict.ok else ("upstream", verdict.reason or "")
 
 
