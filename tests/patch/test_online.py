@@ -99,8 +99,14 @@ def assert_equal(model, expected):
         assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
-@pytest.mark.parametrize("name", REQUESTS)
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3_moe", "mixtral"])
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        *((architecture, name) for architecture in ("llama", "qwen3_moe") for name in REQUESTS),
+        # With biases, and with other names of experts.
+        *((other, name) for other in ("qwen2", "mixtral") for name in ("w4a16", "w8a8")),
+    ],
+)
 def test_the_layers_are_those_of_the_converted_checkpoint(tmp_path, architecture, name):
     """Kernel layout, scales, zero points, all that is left unquantized: bit for bit."""
     method, options, converter = REQUESTS[name]
@@ -160,8 +166,13 @@ def reload(model, path, **options):
         finalize_layerwise_reload(model, config.model_config)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
-@pytest.mark.parametrize("name", REQUESTS)
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        *(("llama", name) for name in REQUESTS),
+        *(("qwen3_moe", name) for name in ("w4a16 g64 asymmetric mse", "w4a8", "w8a8")),
+    ],
+)
 def test_a_reload_equals_a_fresh_load(tmp_path, architecture, name):
     method, options, _ = REQUESTS[name]
     model = online(make(tmp_path / "0", architecture), method, options)
