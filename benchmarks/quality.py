@@ -91,7 +91,10 @@ def quality(name: str, plain: Path, text: str, windows: int, more: list[Options]
     """A Figure for bf16 and for every variant that the model's sizes allow."""
     tokenizer = AutoTokenizer.from_pretrained(plain)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    tokens = torch.tensor(ids[: windows * WINDOW]).view(windows, WINDOW)
+    # Gemma is lost without the token that begins every text.
+    first = [tokenizer.bos_token_id] if name.startswith("gemma") else []
+    own = WINDOW - len(first)
+    tokens = torch.tensor([[*first, *ids[i * own : (i + 1) * own]] for i in range(windows)])
     reference: list[Tensor] = []
     size = sum(path.stat().st_size for path in plain.glob("*.safetensors"))
     yield Figure(name, "bf16", "", "", *measure(plain, tokens, reference), size)
