@@ -148,6 +148,22 @@ def test_a_kill_while_files_are_moved_out_goes_on(source, expected, tmp_path, mo
     assert cases.files_of(target) == expected
 
 
+def test_a_kill_while_files_are_made_goes_on(source, expected, tmp_path, monkeypatch):
+    """The first file is there and empty, the others are not."""
+    real = os.posix_fallocate
+
+    def killed(*arguments):
+        raise SystemExit("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", killed)
+        with pytest.raises(SystemExit):
+            convert(source, tmp_path / "dst", OPTIONS)
+    assert os.posix_fallocate is real
+    convert(source, tmp_path / "dst", replace(OPTIONS, resume=True))
+    assert cases.files_of(tmp_path / "dst") == expected
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [({"group_size": 64}, "group_size"), ({"method": "mse"}, "method"),

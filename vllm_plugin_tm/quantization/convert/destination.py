@@ -81,12 +81,11 @@ class Destination:
             header, begins = make_header(shard.specs())
             path = self._path(shard)
             with translated(path, "cannot be written", needed=total):
-                fresh = not path.exists()
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
                 self._descriptors[shard.name] = descriptor
-                if fresh:
-                    os.posix_fallocate(descriptor, 0, len(header) + shard.nbytes)
-                    os.pwrite(descriptor, header, 0)
+                # Of an earlier run too, which may have been killed between the two.
+                os.posix_fallocate(descriptor, 0, len(header) + shard.nbytes)
+                os.pwrite(descriptor, header, 0)
             self._begins |= {name: (shard.name, begin) for name, begin in begins.items()}
 
     def write(self, name: str, data: Tensor, first: int) -> None:
