@@ -75,7 +75,7 @@ class Watch:
 def preview(source: str | Path, destination: str | Path, options: Options) -> Report:
     """What convert() would do, without reading a weight or writing a byte.
 
-    Raises ConvertError as convert() does for all that names, shapes and folders tell.
+    Raises ConvertError as convert() does for all that names and shapes tell.
     """
     return _report(_planned(Path(source), Path(destination), options), Path(destination))
 
