@@ -98,6 +98,8 @@ def test_a_signal_stops_it_and_names_the_way_on(source, tmp_path, sign):
     child = subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A test run in a shell's background has it ignored, and so would the child.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert child.stdout.readline() == "working\n"
     child.send_signal(sign)

@@ -3,7 +3,6 @@
 
 import json
 import os
-import resource
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from vllm_plugin_tm.quantization.convert.checkpoint import open_checkpoint
 from vllm_plugin_tm.quantization.convert.config import output_config
 from vllm_plugin_tm.quantization.convert.destination import Destination, other_files
 from vllm_plugin_tm.quantization.convert.errors import ConvertError
+from vllm_plugin_tm.quantization.convert.gptq_worker import peak_resident
 from vllm_plugin_tm.quantization.convert.options import Options
 from vllm_plugin_tm.quantization.convert.plan import Plan, make_plan
 from vllm_plugin_tm.quantization.convert.run import (
@@ -121,8 +121,8 @@ def convert(
     except BaseException:
         target.leave()
         raise
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return _report(plan, folder, time.monotonic() - start, peak, target.resumed)
+    seconds = time.monotonic() - start
+    return _report(plan, folder, seconds, peak_resident(), target.resumed)
 
 
 def _planned(source: Path, destination: Path, options: Options) -> Plan:
@@ -138,7 +138,7 @@ def _piece_weights(plan: Plan, workers: int) -> int:
     Raises ConvertError where the bound is below what the process and a piece for each worker take.
     """
     bound = plan.options.max_memory or _memory() // 4
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + _SLACK
+    base = peak_resident() + _SLACK
     weights = PIECE_WEIGHTS
     while base + workers * memory_of_piece(plan, weights) > bound:
         if weights <= _LEAST_PIECE:
