@@ -306,6 +306,15 @@ def test_memory_too_small_is_refused_with_what_is_needed(source, tmp_path):
         convert(source, tmp_path / "dst", replace(OPTIONS, max_memory=1000, workers=2))
 
 
+def test_a_large_caller_is_not_refused_without_a_bound(source, tmp_path, monkeypatch):
+    from vllm_plugin_tm.quantization.convert import engine
+
+    monkeypatch.setattr(engine, "resident", lambda _field: 100 << 40)
+    convert(source, tmp_path / "dst", OPTIONS)
+    with pytest.raises(ConvertError, match="max_memory is 9,000,000,000 bytes"):
+        convert(source, tmp_path / "other", replace(OPTIONS, max_memory=9 * 10**9))
+
+
 @pytest.mark.slow
 def test_peak_memory_keeps_its_bound_on_a_larger_checkpoint(tmp_path):
     """Two gigabytes through one, in a process of its own; the bound is over all it holds."""

@@ -13,7 +13,7 @@ from vllm_plugin_tm.quantization.convert.checkpoint import open_checkpoint
 from vllm_plugin_tm.quantization.convert.config import output_config
 from vllm_plugin_tm.quantization.convert.destination import Destination, other_files
 from vllm_plugin_tm.quantization.convert.errors import ConvertError
-from vllm_plugin_tm.quantization.convert.gptq_worker import peak_resident
+from vllm_plugin_tm.quantization.convert.gptq_worker import resident
 from vllm_plugin_tm.quantization.convert.options import Options
 from vllm_plugin_tm.quantization.convert.plan import Plan, make_plan
 from vllm_plugin_tm.quantization.convert.run import (
@@ -26,6 +26,7 @@ from vllm_plugin_tm.quantization.convert.run import (
 
 _FORMAT = 1  # raised when the same options give other bytes: no conversion goes on across versions
 _SLACK = 128 << 20  # what allocators hold back, and libraries that load when first used
+_LEAST_BOUND = 1 << 30  # beyond what the process holds, where no bound was asked for
 _LEAST_PIECE = 1 << 14  # weights; below, the interpreter's part is most of the work
 
 # Options on which the bytes of the output do not depend.
@@ -122,7 +123,7 @@ def convert(
         target.leave()
         raise
     seconds = time.monotonic() - start
-    return _report(plan, folder, seconds, peak_resident(), target.resumed)
+    return _report(plan, folder, seconds, resident("VmHWM"), target.resumed)
 
 
 def _planned(source: Path, destination: Path, options: Options) -> Plan:
@@ -137,8 +138,9 @@ def _piece_weights(plan: Plan, workers: int) -> int:
 
     Raises ConvertError where the bound is below what the process and a piece for each worker take.
     """
-    bound = plan.options.max_memory or _memory() // 4
-    base = peak_resident() + _SLACK
+    base = resident("VmRSS") + _SLACK
+    # A caller that holds more than a quarter already is not refused for want of an option.
+    bound = plan.options.max_memory or max(_memory() // 4, base + _LEAST_BOUND)
     weights = PIECE_WEIGHTS
     while base + workers * memory_of_piece(plan, weights) > bound:
         if weights <= _LEAST_PIECE:

@@ -45,15 +45,15 @@ def main() -> int:
         shuffle_calibration_samples=False,
     )
     model.save_pretrained(request["destination"], save_compressed=True)
-    sys.stdout.write(json.dumps({"peak_bytes": peak_resident()}) + "\n")
+    sys.stdout.write(json.dumps({"peak_bytes": resident("VmHWM")}) + "\n")
     return 0
 
 
-def peak_resident() -> int:
-    """The most bytes this process has had in memory. Not getrusage's: that of a child begins with
-    what its parent held when it was forked."""
+def resident(field: str) -> int:
+    """Bytes of this process in memory: now ("VmRSS"), or at most so far ("VmHWM"). Not getrusage's,
+    which in a child begins with what its parent held when it was forked."""
     with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
 
 
 if __name__ == "__main__":
