@@ -110,7 +110,8 @@ def convert(
     weights = target.recipe["pieces"]
     try:
         target.create(plan.shards)
-        left = (p.source_bytes for p in pieces(plan, weights) if p.number not in target.done)
+        done = target.done
+        left = (p.source_bytes for p in pieces(plan, weights) if p.number not in done)
         watch.total(sum(left))
         write_all(plan, target, weights=weights, workers=workers, progress=watch.advance, stop=stop)
         if stop.is_set():

@@ -103,7 +103,8 @@ def write_all(
     thread, after all have ended.
     """
     reader = Reader()
-    todo = (piece for piece in pieces(plan, weights) if piece.number not in destination.done)
+    done = destination.done
+    todo = (piece for piece in pieces(plan, weights) if piece.number not in done)
     lock = threading.Lock()
     errors: list[BaseException] = []
 
