@@ -167,6 +167,14 @@ def test_fp8_blocks_are_dequantized_on_the_way(tmp_path, scale_dtype, scheme):
     assert cases.quantization_of(tmp_path / "dst").quant_method == "compressed-tensors"
 
 
+def test_fp8_blocks_of_another_size_are_refused(tmp_path):
+    fp8 = {"quant_method": "fp8", "weight_block_size": [256, 256]}
+    tensors = {"model.layers.0.mlp.up_proj.weight": torch.zeros(256, 256).bfloat16()}
+    source = cases.write(tmp_path / "src", tensors, {"quantization_config": fp8})
+    with pytest.raises(ConvertError, match="FP8 blocks of 256; sizes that divide 128 are read"):
+        convert(source, tmp_path / "dst", Options("w4a16"))
+
+
 def test_a_group_that_does_not_divide_is_an_error_or_what_was_asked(tmp_path):
     tensors = {
         "model.layers.0.mlp.up_proj.weight": torch.randn(64, 96).bfloat16(),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm_plugin_tm.quantization.convert.errors import ConvertError
+from vllm_plugin_tm.quantization.convert.options import BLOCK
 from vllm_plugin_tm.quantization.convert.rounding import FP8, dequantize_fp8_block
 from vllm_plugin_tm.quantization.convert.safetensors_file import Reader, Stored, read_header
 
@@ -182,6 +183,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             "no such layers"
         )
     block = _fp8_block(folder, checkpoint.config)
+    if block is not None and BLOCK % block:  # pieces are cut at multiples of it
+        raise ConvertError(f"{folder}: FP8 blocks of {block}; sizes that divide {BLOCK} are read")
     for name, stored in checkpoint.tensors.items():
         scaled = block is not None and name + BLOCK_SCALE in checkpoint.tensors
         if stored.spec.dtype == FP8 and not scaled:
