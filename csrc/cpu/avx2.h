@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "gemm_isa.h"
+#include "small_floats.h"
 
 namespace turbo::cpu {
 namespace {
@@ -54,6 +55,15 @@ struct Avx2 {
   template <DType D>
   static Vec load_full(const char* p) {
     if constexpr (D == DType::f32) return _mm256_loadu_ps(reinterpret_cast<const float*>(p));
+    if constexpr (dtype_size(D) == 1) {
+      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+      if constexpr (D == DType::e8m0) {
+        const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 23);
+        return _mm256_castsi256_ps(_mm256_max_epu32(bits, _mm256_set1_epi32(kSmallestE8m0)));
+      }
+      const __m128i halves = _mm_slli_epi16(_mm_cvtepi8_epi16(bytes), 7);
+      return _mm256_mul_ps(_mm256_cvtph_ps(_mm_and_si128(halves, _mm_set1_epi16(kE4m3InHalf))), _mm256_set1_ps(0x1p8f));
+    }
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     if constexpr (D == DType::bf16)
       return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
@@ -97,6 +107,23 @@ struct Avx2 {
   /// 8 bits, sign extended.
   static Raw zero_bytes(const uint32_t* zero, int v) {
     return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zero + v * 2)));
+  }
+
+  // ---- weights and activations as e4m3 ----
+
+  /// The byte J of each lane.
+  template <int J>
+  static Vec e4m3(Raw raw) {
+    const __m256i top = J < 3 ? _mm256_slli_epi32(raw, 24 - 8 * J) : raw;
+    const __m256i bits = _mm256_and_si256(_mm256_srai_epi32(top, 4), _mm256_set1_epi32(kE4m3InFloat));
+    return _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(0x1p120f));
+  }
+  /// Rounds |v| <= 448 to e4m3, see avx512.h.
+  static Vec round_e4m3(Vec v) {
+    const __m256i power = _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(kExponent));
+    const __m256i least = _mm256_max_epi32(power, _mm256_set1_epi32(kSmallestE4m3Power));
+    const Vec magic = _mm256_castsi256_ps(_mm256_add_epi32(least, _mm256_set1_epi32(kE4m3Magic)));
+    return _mm256_sub_ps(_mm256_add_ps(v, magic), magic);
   }
 
   // ---- sixteen activations at a time ----

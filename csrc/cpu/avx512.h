@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "gemm_isa.h"
+#include "small_floats.h"
 
 namespace turbo::cpu {
 namespace {
@@ -77,6 +78,15 @@ struct Avx512 {
   static Vec load_d(const char* p, int count) {
     const __mmask16 m = first_lanes(count);
     if constexpr (D == DType::f32) return _mm512_maskz_loadu_ps(m, p);
+    if constexpr (dtype_size(D) == 1) {
+      const __m128i bytes = _mm_maskz_loadu_epi8(m, p);
+      if constexpr (D == DType::e8m0) {
+        const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23);
+        return _mm512_castsi512_ps(_mm512_max_epu32(bits, _mm512_set1_epi32(kSmallestE8m0)));
+      }
+      const __m256i halves = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);
+      return _mm512_mul_ps(_mm512_cvtph_ps(_mm256_and_si256(halves, _mm256_set1_epi16(kE4m3InHalf))), _mm512_set1_ps(0x1p8f));
+    }
     const __m256i half = _mm256_maskz_loadu_epi16(m, p);
     if constexpr (D == DType::bf16) return from_bf16(half);
     return _mm512_cvtph_ps(half);
@@ -112,6 +122,24 @@ struct Avx512 {
   /// 8 bits, sign extended.
   static Raw zero_bytes(const uint32_t* zero, int v) {
     return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zero + v * 4)));
+  }
+
+  // ---- weights and activations as e4m3 ----
+
+  /// The byte J of each lane.
+  template <int J>
+  static Vec e4m3(Raw raw) {
+    const __m512i top = J < 3 ? _mm512_slli_epi32(raw, 24 - 8 * J) : raw;
+    const __m512i bits = _mm512_and_si512(_mm512_srai_epi32(top, 4), _mm512_set1_epi32(kE4m3InFloat));
+    return _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(0x1p120f));
+  }
+  /// Rounds |v| <= 448 to e4m3, halves to even: beside 1.5 * 2^(e + 20), where 2^e is the power of two in v but at
+  /// least 2^-6, fp32 has steps of 2^(e - 3).
+  static Vec round_e4m3(Vec v) {
+    const __m512i power = _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(kExponent));
+    const __m512i least = _mm512_max_epi32(power, _mm512_set1_epi32(kSmallestE4m3Power));
+    const Vec magic = _mm512_castsi512_ps(_mm512_add_epi32(least, _mm512_set1_epi32(kE4m3Magic)));
+    return _mm512_sub_ps(_mm512_add_ps(v, magic), magic);
   }
 
   // ---- sixteen activations at a time ----

@@ -8,7 +8,22 @@
 
 namespace turbo::cpu {
 
+namespace {
+
+/// For weights that are floats. With integers these share no instruction of their own, so VNNI has no part in them.
+const GemmIsa& float_kernels(const Gemm& args, Isa isa) {
+  if (isa == Isa::avx2 || isa == Isa::avxvnni) return gemm_float_avx2(args);
+  const bool kept = args.activations == Activations::kept;
+  if (isa != Isa::avx512bf16 || (kept && args.dtype == DType::f32)) return gemm_float_avx512(args);
+  if (args.layout.code == Code::e2m1) return gemm_float_avx512bf16(args);
+  // Cooper Lake has BF16 without VBMI.
+  return has_vbmi() ? gemm_float_avx512vbmi(args) : gemm_float_avx512(args);
+}
+
+}  // namespace
+
 const GemmIsa& kernels(const Gemm& args, Isa isa) {
+  if (args.layout.code != Code::integer) return float_kernels(args, isa);
   const bool kept = args.activations == Activations::kept;
   switch (isa) {
     case Isa::avx512bf16:

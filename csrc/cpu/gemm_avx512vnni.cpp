@@ -14,7 +14,7 @@
 namespace turbo::cpu {
 namespace {
 
-/// Not the intrinsic, see gemm_avx512bf16.cpp.
+/// Not the intrinsic, see bf16_dot_avx512.h.
 inline void dot_bytes(__m512i& acc, __m512i unsigned_bytes, __m512i signed_bytes) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(unsigned_bytes), "v"(signed_bytes));
 }

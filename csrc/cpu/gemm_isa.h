@@ -35,7 +35,7 @@ struct PreparedX {
   // [rows, groups], nullptr where a kernel has no use for them.
   const float* sums;          // activations kept, asymmetric weights: sums of x over each group
   const int32_t* offsets;     // integer activations: what an accumulator starts with, see RowOut
-  const float* group_scales;  // activations grouped: scales of x
+  const float* group_scales;  // activations grouped: scales of x, one for each group of weights
   const float* scales;        // [rows]: dynamic and fixed: scale of x
 };
 
@@ -80,5 +80,12 @@ const GemmIsa& gemm_avx512bf16(const Gemm& args);
 /// Integer activations only.
 const GemmIsa& gemm_avxvnni(const Gemm& args);
 const GemmIsa& gemm_avx512vnni(const Gemm& args);
+/// Weights that are floats.
+const GemmIsa& gemm_float_avx2(const Gemm& args);
+const GemmIsa& gemm_float_avx512(const Gemm& args);
+/// e2m1, bf16 and fp16.
+const GemmIsa& gemm_float_avx512bf16(const Gemm& args);
+/// e4m3, all but fp32 activations that are kept.
+const GemmIsa& gemm_float_avx512vbmi(const Gemm& args);
 
 }  // namespace turbo::cpu

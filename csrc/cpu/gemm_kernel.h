@@ -15,7 +15,7 @@
 //               kManyFrom          rows from which on the latter costs less than it gains
 //               load, decode<j>, broadcast, dot, add, mul, set1, zero, bias_vec, store_y
 //               start, end         a group's accumulators before the dots, and into the totals after them
-//               prepare_row
+//               prepare_row, Environment
 // Everything here has internal linkage, as all that it includes: code of one instruction set must never
 // be merged by the linker with that of another.
 #pragma once
@@ -72,6 +72,7 @@ struct Kernel {
     if (left <= 0) return;
     const int count = static_cast<int>(left < I::kLanes ? left : I::kLanes);
     if (x.scales) total = I::mul(total, I::set1(x.scales[row]));
+    if (a.channel_scale) total = I::mul(total, I::load_floats(a.channel_scale + channel));
     if (a.bias)
       total = I::add(total, I::bias_vec(a.y_dtype, static_cast<const char*>(a.bias) + channel * size, count));
     const int64_t at = (row - a.y_row) * a.y_stride + (channel - a.y_channel);
@@ -187,6 +188,7 @@ struct Kernel {
   }
 
   static void run(const Gemm& a, const PreparedX& x, const Share& share) {
+    [[maybe_unused]] const typename I::Environment environment{};
     if (x.tiled)
       run_shape<Tiled, typename I::Many>(a, x, share);
     else

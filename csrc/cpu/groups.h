@@ -7,12 +7,17 @@
 namespace turbo::cpu {
 namespace {
 
-/// Activations kept: fp32 accumulators. `I` adds zero_vec (fp32) and scale_vec.
+/// What a kernel needs the processor's state to be while it runs: nothing.
+struct AnyEnvironment {};
+
+/// Activations kept, or rounded to small floats: fp32 accumulators. `I` adds zero_vec (fp32) and scale_vec.
 template <class I, class B>
 struct KeptGroups : B {
   using Vec = typename B::Vec;
   using Acc = Vec;
   static constexpr int64_t kManyFrom = 32;
+  static constexpr bool kRounded = false, kZeroPoints = true;
+  using Environment = AnyEnvironment;
   static int64_t zero_dwords(const Layout& l) { return l.zero_dwords(); }
 
   /// `index` is that of (first row, group) in the arrays of PreparedX, `stride` the way to the next row.
@@ -30,15 +35,25 @@ struct KeptGroups : B {
                                                         const PreparedX& x, int64_t index,
                                                         int64_t stride, const uint32_t* zero,
                                                         const char* scales) {
-    if (zero) {
+    if constexpr (I::kZeroPoints)
+      if (zero) {
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) {
-        const Vec z = I::zero_vec(zero, v);
+        for (int v = 0; v < V; ++v) {
+          const Vec z = I::zero_vec(zero, v);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-          acc[v][r] = B::fnma(z, B::set1(x.sums[index + r * stride]), acc[v][r]);
+          for (int r = 0; r < R; ++r)
+            acc[v][r] = B::fnma(z, B::set1(x.sums[index + r * stride]), acc[v][r]);
+        }
       }
-    }
+    if constexpr (I::kRounded)
+      if (x.group_scales) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          const Vec x_scale = B::set1(x.group_scales[index + r * stride]);
+#pragma GCC unroll 8
+          for (int v = 0; v < V; ++v) acc[v][r] = B::mul(acc[v][r], x_scale);
+        }
+      }
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       const Vec scale = I::scale_vec(scales, v);
@@ -55,6 +70,7 @@ struct IntegerGroups : B {
   using Vec = typename B::Vec;
   using Acc = typename B::Raw;
   static constexpr int64_t kManyFrom = 8;  // x is converted anyway
+  using Environment = AnyEnvironment;
 
   template <int V, int R>
   static inline __attribute__((always_inline)) void start(Acc (&acc)[V][R], const PreparedX& x,

@@ -40,6 +40,11 @@ bool isa_supported(Isa isa) {
   return detected.supported[static_cast<int>(isa)];
 }
 
+bool has_vbmi() {
+  static const bool vbmi = __builtin_cpu_supports("avx512vbmi");
+  return vbmi;
+}
+
 Isa best_isa() {
   for (int i = kIsas - 1; i > 0; --i)
     if (isa_supported(static_cast<Isa>(i))) return static_cast<Isa>(i);

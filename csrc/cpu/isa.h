@@ -14,6 +14,9 @@ inline constexpr int kIsas = 6;
 /// Whether processor and operating system support it (cpuid and XCR0).
 bool isa_supported(Isa isa);
 
+/// Whether the processor also permutes bytes (AVX-512 VBMI), as all but the first with BF16 do.
+bool has_vbmi();
+
 /// Best supported one.
 Isa best_isa();
 

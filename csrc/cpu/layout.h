@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernel layout of quantized weights: the one that the packer writes and all kernels read.
 //
-// A weight is a signed integer q of 4 or 8 bits in two's complement, so zero bits are the weight 0 and
-// padding is free. W[n][k] = (q[n][k] - z[n][g]) * scale[n][g], g = k / group_size.
+// A weight q is a signed integer of 4 or 8 bits in two's complement, or a small float: e2m1 of 4 bits, e4m3 of 8.
+// In all of them zero bits are the weight 0, so that padding is free.
+// W[n][k] = (q[n][k] - z[n][g]) * scale[n][g], g = k / group_size; floats have no z.
 //
 //   dword   the weights of one channel n that a dword holds.
 //           4 bits: 8 weights, k = 8*i .. 8*i+7. Even k in the low half, odd k in the high half, so that one
@@ -37,15 +38,25 @@ namespace turbo::cpu {
 inline constexpr int64_t kTileN = 16;      // channels of a tile: lanes of a 512-bit register
 inline constexpr int64_t kBlockTiles = 4;  // tiles of a block
 
-enum class DType : int { bf16, f16, f32 };
+/// Activations and scales; the last two, of one byte, are scales of 4-bit floats only: powers of two 2^(b - 127),
+/// and OCP's e4m3.
+enum class DType : int { bf16, f16, f32, e8m0, e4m3 };
 
-[[gnu::always_inline]] inline constexpr int64_t dtype_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+[[gnu::always_inline]] inline constexpr int64_t dtype_size(DType dtype) {
+  return dtype == DType::f32 ? 4 : dtype < DType::f32 ? 2 : 1;
+}
+
+/// What the bits of a weight mean. e4m3: OCP's float of 8 bits without infinities, its two NaN codes left out; e2m1:
+/// OCP's float of 4 bits.
+enum class Code : int { integer, e4m3, e2m1 };
+
 [[gnu::always_inline]] inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /// Sizes of one packed matrix [n, k] of `bits`-bit weights (4 or 8) whose rows are cut into `groups` groups
 /// along k.
 struct Layout {
   int64_t n, k, groups, bits;
+  Code code = Code::integer;
 
   [[gnu::always_inline]] int64_t dword_k() const { return 32 / bits; }
   [[gnu::always_inline]] int64_t zero_dwords() const { return kTileN * bits / 32; }

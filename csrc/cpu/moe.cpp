@@ -48,6 +48,8 @@ Gemm product(const Moe& a, const Experts& w, DType dtype, const void* x, int64_t
   g.y_dtype = DType::f32;
   g.y_stride = kBlockChannels;
   g.activations = a.activations;
+  g.x_scale = w.x_scale;
+  g.x_group = a.x_group;
   return g;
 }
 
@@ -55,12 +57,13 @@ Gemm product(const Moe& a, const Experts& w, DType dtype, const void* x, int64_t
 Gemm of_expert(const Gemm& all, const Experts& w, int64_t expert) {
   const Layout& l = w.layout;
   const int64_t channels = l.padded_n();
-  const bool sums = all.activations != Activations::kept && l.bits == 8;
+  const bool sums = all.as_integers() && l.bits == 8;
   Gemm g = all;
   g.weight += expert * channels * l.dwords();
   g.scale = static_cast<const char*>(g.scale) + expert * channels * l.groups * dtype_size(all.scale_dtype);
   if (g.zero) g.zero += expert * (sums ? channels : channels / l.dword_k() * l.groups);
   if (w.bias) g.bias = w.bias + expert * channels;
+  if (w.channel_scale) g.channel_scale = w.channel_scale + expert * channels;
   return g;
 }
 

@@ -68,7 +68,7 @@ struct BesideRows {
     const bool kept = args.activations == Activations::kept, grouped = args.activations == Activations::grouped;
     const int64_t count = rows * args.layout.groups;
     sums = pieces.take<float>(kept && args.zero, count);
-    offsets = pieces.take<int32_t>(!kept, count);
+    offsets = pieces.take<int32_t>(args.as_integers(), count);
     group_scales = pieces.take<float>(grouped, count);
     scales = pieces.take<float>(!kept && !grouped, rows);
   }
@@ -100,7 +100,7 @@ struct PreparedRows {
   }
 
   /// Whether rows need any preparation at all.
-  bool needed() const { return convert || beside.sums; }
+  bool needed() const { return convert || beside.sums; }  // what is rounded is converted
 
   void prepare(int64_t row) const {
     const BesideRows at = beside.from(row, args.layout.groups);

@@ -15,7 +15,7 @@
 #include <string>
 
 #include "../cpu/isa.h"
-#include "../cpu/layout.h"
+#include "../cpu/gemm.h"
 #include "../cpu/parallel.h"
 
 namespace turbo::binding {
@@ -81,6 +81,22 @@ inline cpu::DType float_dtype(const char* op, const char* name, ScalarType type)
   STD_TORCH_CHECK(type == ScalarType::Float, op, ": argument '", name,
                   "': expected dtype BFloat16, Half or Float, given ", text(type));
   return cpu::DType::f32;
+}
+
+inline cpu::Activations activations_of(const char* op, const char* name, const std::string& rounding) {
+  if (rounding == "none") return cpu::Activations::kept;
+  if (rounding == "token") return cpu::Activations::dynamic;
+  if (rounding == "tensor") return cpu::Activations::fixed;
+  STD_TORCH_CHECK(rounding == "group", op, ": argument '", name,
+                  "': expected none, token, group or tensor, given '", rounding, "'");
+  return cpu::Activations::grouped;
+}
+
+/// The dtype of scales of one byte.
+inline cpu::DType byte_scale(const char* op, const std::string& type) {
+  if (type == "e8m0") return cpu::DType::e8m0;
+  STD_TORCH_CHECK(type == "e4m3", op, ": argument 'scale_type': expected e8m0 or e4m3, given '", type, "'");
+  return cpu::DType::e4m3;
 }
 
 /// Sizes up to this keep every offset within 63 bits.

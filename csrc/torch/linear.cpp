@@ -27,6 +27,25 @@ Layout grouped_layout(const char* op, int64_t n, int64_t k, int64_t group_size, 
   return {n, k, channel ? 1 : k / group_size, bits};
 }
 
+/// What becomes of activations beside e4m3 weights, into `args`.
+void round_x(const char* op, Gemm& args, const std::string& rounding, const MaybeTensor& x_scale, int64_t x_group_size) {
+  const int64_t k = args.layout.k;
+  args.activations = activations_of(op, "x_rounding", rounding);
+  STD_TORCH_CHECK((args.activations == Activations::fixed) == x_scale.has_value(), op,
+                  ": argument 'x_scale': expected one where x_rounding is 'tensor' and none else, x_rounding is '",
+                  rounding, "'");
+  if (x_scale) {
+    check(op, "x_scale", *x_scale, ScalarType::Float, {1});
+    args.x_scale = *static_cast<const float*>(x_scale->const_data_ptr());
+  }
+  if (args.activations != Activations::grouped) return;
+  const int64_t width = k / args.layout.groups;
+  STD_TORCH_CHECK(x_group_size == -1 || (x_group_size > 0 && x_group_size % width == 0), op,
+                  ": argument 'x_group_size': expected -1 or a multiple of the weights' group size ", width, ", given ",
+                  x_group_size);
+  args.x_group = x_group_size == -1 ? width : x_group_size;
+}
+
 /// Checks what all products share, fills in the pointers and calls the kernel.
 Tensor multiply(const char* op, Tensor x, const Tensor& weight, const Tensor& scale, ScalarType scale_type,
                 const char* zero_name, const MaybeTensor& zero, int64_t zero_rows, const MaybeTensor& bias,
@@ -34,7 +53,6 @@ Tensor multiply(const char* op, Tensor x, const Tensor& weight, const Tensor& sc
   const Layout& layout = gemm_args.layout;
   const ScalarType type = x.scalar_type();
   gemm_args.dtype = float_dtype(op, "x", type);
-  gemm_args.scale_dtype = float_dtype(op, "scale", scale_type);
   check(op, "weight", weight, ScalarType::Int, {layout.padded_n(), layout.dwords()});
   check(op, "scale", scale, scale_type, {layout.padded_n(), layout.groups});
   if (zero && zero->dim() == 1)
@@ -74,6 +92,7 @@ Tensor grouped_linear(const char* op, Tensor x, const Tensor& weight, const Tens
   args.activations = activations;
   // Kept activations: one dtype for all. Integers: scales as the checkpoint has them.
   const ScalarType scale_type = activations == Activations::kept ? x.scalar_type() : scale.scalar_type();
+  args.scale_dtype = float_dtype(op, "scale", scale_type);
   STD_TORCH_CHECK(!zero_point || zero_point->dim() == 2, op,
                   ": argument 'zero_point': expected 2 dimensions, given shape ",
                   zero_point ? text(zero_point->sizes()) : "");
@@ -126,8 +145,36 @@ Tensor w8a8_linear(Tensor x, Tensor weight, Tensor scale, Tensor weight_sum, May
   }
   STD_TORCH_CHECK(weight_sum.dim() == 1, kOp, ": argument 'weight_sum': expected 1 dimension, given shape ",
                   text(weight_sum.sizes()));
+  args.scale_dtype = DType::f32;
   return multiply(kOp, x, weight, scale, ScalarType::Float, "weight_sum", weight_sum,
                   args.layout.padded_n(), bias, args);
+}
+
+Tensor fp8_linear(Tensor x, Tensor weight, Tensor scale, MaybeTensor bias, int64_t n, int64_t group_size,
+                  std::string x_rounding, MaybeTensor x_scale, int64_t x_group_size) {
+  constexpr const char* kOp = "fp8_linear";
+  check_input(kOp, x, n);
+  Gemm args{};
+  args.layout = grouped_layout(kOp, n, x.size(x.dim() - 1), group_size, 8);
+  args.layout.code = Code::e4m3;
+  args.scale_dtype = DType::f32;
+  round_x(kOp, args, x_rounding, x_scale, x_group_size);
+  return multiply(kOp, x, weight, scale, ScalarType::Float, "", {}, 0, bias, args);
+}
+
+Tensor fp4_linear(Tensor x, Tensor weight, Tensor scale, MaybeTensor channel_scale, MaybeTensor bias, int64_t n,
+                  int64_t group_size, std::string scale_type) {
+  constexpr const char* kOp = "fp4_linear";
+  check_input(kOp, x, n);
+  Gemm args{};
+  args.layout = grouped_layout(kOp, n, x.size(x.dim() - 1), group_size, 4);
+  args.layout.code = Code::e2m1;
+  args.scale_dtype = byte_scale(kOp, scale_type);
+  if (channel_scale) {
+    check(kOp, "channel_scale", *channel_scale, ScalarType::Float, {args.layout.padded_n()});
+    args.channel_scale = static_cast<const float*>(channel_scale->const_data_ptr());
+  }
+  return multiply(kOp, x, weight, scale, ScalarType::Byte, "", {}, 0, bias, args);
 }
 
 }  // namespace
@@ -139,6 +186,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_plugin_tm, m) {
   def(std::string("w4a16_linear(") + kWeights + ") -> Tensor");
   def(std::string("w8a16_linear(") + kWeights + ") -> Tensor");
   def(std::string("w4a8_linear(") + kWeights + ", bool x_groups=False) -> Tensor");
+  def("fp8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int n, int group_size, str x_rounding, "
+      "Tensor? x_scale=None, int x_group_size=-1) -> Tensor");
+  def("fp4_linear(Tensor x, Tensor weight, Tensor scale, Tensor? channel_scale, Tensor? bias, int n, int group_size, "
+      "str scale_type) -> Tensor");
   def("w8a8_linear(Tensor x, Tensor weight, Tensor scale, Tensor weight_sum, Tensor? bias, int n, "
       "Tensor? x_scale=None, Tensor? x_zero_point=None, bool x_symmetric=True) -> Tensor");
 }
@@ -149,4 +200,6 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_plugin_tm, CompositeExplicitAutograd, m) {
   m.impl("w8a16_linear", TORCH_BOX(&w8a16_linear));
   m.impl("w4a8_linear", TORCH_BOX(&w4a8_linear));
   m.impl("w8a8_linear", TORCH_BOX(&w8a8_linear));
+  m.impl("fp8_linear", TORCH_BOX(&fp8_linear));
+  m.impl("fp4_linear", TORCH_BOX(&fp4_linear));
 }

@@ -12,18 +12,25 @@ namespace {
 using namespace turbo::binding;
 using namespace turbo::cpu;
 
-/// What the four ops differ in.
+/// What the ops differ in.
 struct Scheme {
   const char* op;
   int64_t bits;
   Activations activations;
-  bool sums() const { return bits == 8 && activations != Activations::kept; }
+  Code code = Code::integer;
+  DType byte_scale = DType::e8m0;  // of e2m1
+  float w13_x_scale = 0, w2_x_scale = 0;
+  int64_t x_group = 0;
+
+  bool integer() const { return code == Code::integer; }
+  bool sums() const { return integer() && bits == 8 && activations != Activations::kept; }
+  const char* third() const { return !integer() ? "_channel_scale" : sums() ? "_weight_sum" : "_zero_point"; }
 };
 
 /// Weights of one product: `name` is "w13" or "w2"; layout.groups comes from the scales.
 Experts check_experts(const Scheme& s, const std::string& name, int64_t experts, Layout layout, const Tensor& weight,
-                      const Tensor& scale, ScalarType scale_type, const MaybeTensor& zero, const MaybeTensor& bias) {
-  const std::string scale_name = name + "_scale", zero_name = name + (s.sums() ? "_weight_sum" : "_zero_point"),
+                      const Tensor& scale, ScalarType scale_type, const MaybeTensor& third, const MaybeTensor& bias) {
+  const std::string scale_name = name + "_scale", third_name = name + s.third(),
                     bias_name = name + "_bias";
   STD_TORCH_CHECK(scale.dim() == 3 && scale.size(2) > 0, s.op, ": argument '", scale_name,
                   "': expected shape [experts, N, groups], given ", text(scale.sizes()));
@@ -35,14 +42,18 @@ Experts check_experts(const Scheme& s, const std::string& name, int64_t experts,
   const int64_t channels = layout.padded_n();
   check(s.op, name.c_str(), weight, ScalarType::Int, {experts, channels, layout.dwords()});
   check(s.op, scale_name.c_str(), scale, scale_type, {experts, channels, layout.groups});
-  if (zero && s.sums())
-    check(s.op, zero_name.c_str(), *zero, ScalarType::Int, {experts, channels});
-  else if (zero)
-    check(s.op, zero_name.c_str(), *zero, ScalarType::Int, {experts, channels / layout.dword_k(), layout.groups});
+  if (third && s.sums())
+    check(s.op, third_name.c_str(), *third, ScalarType::Int, {experts, channels});
+  else if (third && s.integer())
+    check(s.op, third_name.c_str(), *third, ScalarType::Int, {experts, channels / layout.dword_k(), layout.groups});
+  else if (third)
+    check(s.op, third_name.c_str(), *third, ScalarType::Float, {experts, channels});
   if (bias) check(s.op, bias_name.c_str(), *bias, ScalarType::Float, {experts, channels});
+  const void* const more = third ? third->const_data_ptr() : nullptr;
   return {layout, static_cast<const uint32_t*>(weight.const_data_ptr()), scale.const_data_ptr(),
-          zero ? static_cast<const uint32_t*>(zero->const_data_ptr()) : nullptr,
-          bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr};
+          s.integer() ? static_cast<const uint32_t*>(more) : nullptr,
+          bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
+          s.integer() ? nullptr : static_cast<const float*>(more)};
 }
 
 Activation activation_of(const char* op, const std::string& name, double alpha, double beta, double limit) {
@@ -84,8 +95,8 @@ const int32_t* local_ids(const char* op, const Tensor& ids, const MaybeTensor& e
 }
 
 Tensor multiply(const Scheme& s, Tensor x, Tensor topk_weights, Tensor topk_ids, const Tensor& w13,
-                const Tensor& w13_scale, const MaybeTensor& w13_zero, const MaybeTensor& w13_bias, const Tensor& w2,
-                const Tensor& w2_scale, const MaybeTensor& w2_zero, const MaybeTensor& w2_bias,
+                const Tensor& w13_scale, const MaybeTensor& w13_third, const MaybeTensor& w13_bias, const Tensor& w2,
+                const Tensor& w2_scale, const MaybeTensor& w2_third, const MaybeTensor& w2_bias,
                 int64_t intermediate_size, const std::string& activation, double alpha, double beta, double limit,
                 const MaybeTensor& expert_map) {
   check_isa(s.op);
@@ -112,15 +123,25 @@ Tensor multiply(const Scheme& s, Tensor x, Tensor topk_weights, Tensor topk_ids,
   m.intermediate = intermediate_size;
   m.dtype = float_dtype(s.op, "x", x.scalar_type());
   const bool kept = s.activations == Activations::kept;
-  // Kept activations: one dtype for all. Integers: scales as the checkpoint has them.
-  const ScalarType scale_type = kept ? x.scalar_type() : s.sums() ? ScalarType::Float : w13_scale.scalar_type();
-  m.scale_dtype = float_dtype(s.op, "w13_scale", scale_type);
+  // Kept activations beside integers: one dtype for all. Rounded ones: scales as the checkpoint has them.
+  const ScalarType scale_type = s.code == Code::e2m1               ? ScalarType::Byte
+                                : s.code == Code::e4m3 || s.sums() ? ScalarType::Float
+                                : kept                             ? x.scalar_type()
+                                                                   : w13_scale.scalar_type();
+  m.scale_dtype = s.code == Code::e2m1 ? s.byte_scale : float_dtype(s.op, "w13_scale", scale_type);
   m.activations = s.activations;
+  m.x_group = s.x_group;
   const int64_t half = ceil_div(intermediate_size, kTileN) * kTileN;
-  m.w13 = check_experts(s, "w13", m.experts, {m.activation.gated() ? 2 * half : intermediate_size, hidden, 0, s.bits}, w13,
-                        w13_scale, scale_type, w13_zero, w13_bias);
-  m.w2 = check_experts(s, "w2", m.experts, {hidden, intermediate_size, 0, s.bits}, w2, w2_scale, scale_type, w2_zero,
+  m.w13 = check_experts(s, "w13", m.experts, {m.activation.gated() ? 2 * half : intermediate_size, hidden, 0, s.bits, s.code}, w13,
+                        w13_scale, scale_type, w13_third, w13_bias);
+  m.w2 = check_experts(s, "w2", m.experts, {hidden, intermediate_size, 0, s.bits, s.code}, w2, w2_scale, scale_type, w2_third,
                        w2_bias);
+  m.w13.x_scale = s.w13_x_scale;
+  m.w2.x_scale = s.w2_x_scale;
+  if (s.x_group > 0)
+    for (const Layout& l : {m.w13.layout, m.w2.layout})
+      STD_TORCH_CHECK(s.x_group % (l.k / l.groups) == 0, s.op, ": argument 'x_group_size': expected a multiple of the ",
+                      "weights' group sizes, ", l.k / l.groups, " among them, given ", s.x_group);
   Tensor y = torch::stable::new_empty(x, {tokens, hidden});
   if (tokens == 0) return y;
   if (x.stride(1) != 1) x = torch::stable::contiguous(x);
@@ -133,12 +154,12 @@ Tensor multiply(const Scheme& s, Tensor x, Tensor topk_weights, Tensor topk_ids,
   return y;
 }
 
-#define TM_MOE_PARAMETERS(Zero)                                                                                  \
-  Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w13, Tensor w13_scale, Zero w13_zero, MaybeTensor w13_bias, \
-      Tensor w2, Tensor w2_scale, Zero w2_zero, MaybeTensor w2_bias, int64_t intermediate_size,                  \
+#define TM_MOE_PARAMETERS(Third)                                                                                  \
+  Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w13, Tensor w13_scale, Third w13_third, MaybeTensor w13_bias, \
+      Tensor w2, Tensor w2_scale, Third w2_third, MaybeTensor w2_bias, int64_t intermediate_size,                  \
       std::string activation, double alpha, double beta, double limit, MaybeTensor expert_map
 #define TM_MOE_ARGUMENTS                                                                                      \
-  x, topk_weights, topk_ids, w13, w13_scale, w13_zero, w13_bias, w2, w2_scale, w2_zero, w2_bias, intermediate_size, \
+  x, topk_weights, topk_ids, w13, w13_scale, w13_third, w13_bias, w2, w2_scale, w2_third, w2_bias, intermediate_size, \
       activation, alpha, beta, limit, expert_map
 
 Tensor w4a16_moe(TM_MOE_PARAMETERS(MaybeTensor)) {
@@ -152,6 +173,29 @@ Tensor w4a8_moe(TM_MOE_PARAMETERS(MaybeTensor), bool x_groups) {
 }
 Tensor w8a8_moe(TM_MOE_PARAMETERS(Tensor)) {
   return multiply({"w8a8_moe", 8, Activations::dynamic}, TM_MOE_ARGUMENTS);
+}
+
+float one_scale(const char* op, const char* name, const MaybeTensor& scale, const std::string& rounding) {
+  STD_TORCH_CHECK((rounding == "tensor") == scale.has_value(), op, ": argument '", name,
+                  "': expected one where x_rounding is 'tensor' and none else, x_rounding is '", rounding, "'");
+  if (!scale) return 0;
+  check(op, name, *scale, ScalarType::Float, {1});
+  return *static_cast<const float*>(scale->const_data_ptr());
+}
+
+Tensor fp8_moe(TM_MOE_PARAMETERS(MaybeTensor), std::string x_rounding, MaybeTensor w13_x_scale, MaybeTensor w2_x_scale,
+               int64_t x_group_size) {
+  Scheme s{"fp8_moe", 8, activations_of("fp8_moe", "x_rounding", x_rounding), Code::e4m3};
+  s.w13_x_scale = one_scale(s.op, "w13_x_scale", w13_x_scale, x_rounding);
+  s.w2_x_scale = one_scale(s.op, "w2_x_scale", w2_x_scale, x_rounding);
+  STD_TORCH_CHECK(x_group_size == -1 || x_group_size > 0, s.op,
+                  ": argument 'x_group_size': expected -1 or more than 0, given ", x_group_size);
+  if (s.activations == Activations::grouped && x_group_size > 0) s.x_group = x_group_size;
+  return multiply(s, TM_MOE_ARGUMENTS);
+}
+
+Tensor fp4_moe(TM_MOE_PARAMETERS(MaybeTensor), std::string scale_type) {
+  return multiply({"fp4_moe", 4, Activations::kept, Code::e2m1, byte_scale("fp4_moe", scale_type)}, TM_MOE_ARGUMENTS);
 }
 
 }  // namespace
@@ -170,6 +214,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_plugin_tm, m) {
   m.def(schema("w8a16_moe", "zero_point").c_str());
   m.def(schema("w4a8_moe", "zero_point", ", bool x_groups=False").c_str());
   m.def(schema("w8a8_moe", "weight_sum").c_str());
+  m.def(schema("fp8_moe", "channel_scale", ", str x_rounding='none', Tensor? w13_x_scale=None, "
+               "Tensor? w2_x_scale=None, int x_group_size=-1").c_str());
+  m.def(schema("fp4_moe", "channel_scale", ", str scale_type='e8m0'").c_str());
 }
 
 // For every device, so that a tensor on a wrong one is named by our own check.
@@ -178,4 +225,6 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_plugin_tm, CompositeExplicitAutograd, m) {
   m.impl("w8a16_moe", TORCH_BOX(&w8a16_moe));
   m.impl("w4a8_moe", TORCH_BOX(&w4a8_moe));
   m.impl("w8a8_moe", TORCH_BOX(&w8a8_moe));
+  m.impl("fp8_moe", TORCH_BOX(&fp8_moe));
+  m.impl("fp4_moe", TORCH_BOX(&fp4_moe));
 }

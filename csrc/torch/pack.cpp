@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor> pack_grouped(const char* op, const Tensor& co
   const bool bytes = codes.scalar_type() == ScalarType::Char;
   const int64_t row = bytes ? k : ceil_div(k * code_bits, 32);
   check(op, "weight_packed", codes, bytes ? ScalarType::Char : ScalarType::Int, {n, row});
-  float_dtype(op, "scale", scale.scalar_type());
+  if (scale.scalar_type() != ScalarType::Byte) float_dtype(op, "scale", scale.scalar_type());
   check(op, "scale", scale, scale.scalar_type(), {n, groups});
   STD_TORCH_CHECK(groups == 1 || k % (groups * dword_k) == 0, op, ": argument 'scale': expected k = ", k,
                   " to be cut into groups of a multiple of ", dword_k, " weights, given ", groups, " groups");

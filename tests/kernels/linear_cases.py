@@ -2,6 +2,7 @@
 """Seeded quantized layers of every op, their packed form, and the assertion that holds a result to
 the oracle."""
 
+import dataclasses
 import functools
 import itertools
 import random
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from float_cases import FP4, FP8, FloatLayer, make_float_layer
 from torch import Tensor
 
 from vllm_plugin_tm import envs
@@ -21,7 +23,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KEPT = ("w4a16", "w8a16")
 W4A8 = ("w4a8", "w4a8_groups")
 W8A8 = ("w8a8", "w8a8_asym", "w8a8_static", "w8a8_static_asym")
-MODES = KEPT + W4A8 + W8A8
+FLOATS = FP8 + FP4
+MODES = KEPT + W4A8 + W8A8 + FLOATS
+WITHOUT_ZERO_POINTS = W8A8 + FLOATS  # of weights
 INTEGER = W4A8 + W8A8
 
 # Instruction sets that differ for activations that are kept, and for integers; the others share
@@ -29,6 +33,7 @@ INTEGER = W4A8 + W8A8
 OWN_KERNELS = {
     **dict.fromkeys(KEPT, ("avx512bf16", "avx512", "avx2")),
     **dict.fromkeys(INTEGER, ("avx512vnni", "avx512", "avxvnni", "avx2")),
+    **dict.fromkeys(FLOATS, ("avx512bf16", "avx512", "avx2")),
 }
 ON_OWN_KERNELS = [(mode, isa) for mode in MODES for isa in envs.ISAS if isa in OWN_KERNELS[mode]]
 
@@ -102,6 +107,19 @@ class Layer:
         """The op under test."""
         return getattr(torch.ops.vllm_plugin_tm, f"{self.op}_linear")
 
+    def real_weight(self) -> Tensor:
+        """The weights that the oracle sees, float64 [N, K]."""
+        return reference.dequantize(self.codes, self.scale, self.zero_point, self.k, self.bits)
+
+    def times(self, factor: float, dtype: torch.dtype) -> "Layer":
+        """The layer with all scales times `factor`, in `dtype` where they have the activations'."""
+        scale = self.scale * factor
+        return dataclasses.replace(self, scale=scale if self.op == "w8a8" else scale.to(dtype))
+
+    def with_scale(self, value: float) -> "Layer":
+        """The layer with this value for all scales."""
+        return dataclasses.replace(self, scale=torch.full_like(self.scale, value))
+
     def __call__(self, x: Tensor) -> Tensor:
         """The op on x [..., K]."""
         return self.linear(*self.arguments(x).values())
@@ -128,13 +146,16 @@ def make_layer(
     seed: int = 0,
     bits: int | None = None,
     scale_dtype: torch.dtype | None = None,
-) -> Layer:
+) -> Layer | FloatLayer:
     """A random layer whose outputs are about 1 for x about 1.
 
     Scales have both signs. From 8 channels on, channel 3 has one zero scale, channel 5 one group
     that is all zero and channel 6 is all zero: legal input. Modes of w8a8 know channels only, no
     weight zero points, and float32 scales; `bits` is the op's own width unless given.
+    Modes of FLOATS take what they have of these, see float_cases.
     """
+    if mode in FLOATS:
+        return make_float_layer(mode, n, k, group_size, dtype, bias, seed)
     generator = torch.Generator().manual_seed(seed * 1000003 + n * 1009 + k)
     w8a8 = mode in W8A8
     bits = bits or (8 if w8a8 or mode == "w8a16" else 4)
@@ -186,8 +207,10 @@ class Expected:
     allowed: Tensor
 
 
-def expected(layer: Layer, x: Tensor, scale_factor: float = 1.0) -> Expected:
+def expected(layer: Layer | FloatLayer, x: Tensor, scale_factor: float = 1.0) -> Expected:
     """What the oracle says of layer(x); with a factor, what it says when all scales are larger."""
+    if isinstance(layer, FloatLayer):
+        return Expected(*layer.oracle(x, scale_factor))
     scale = layer.scale.double() * scale_factor
     arguments: tuple[Any, ...]
     if layer.op == "w8a8":
@@ -224,8 +247,8 @@ def assert_right(y: Tensor, want: Expected) -> None:
             f"{at}: got {y[at]}, expected {want.y[at]} +- {want.allowed[at]:.3g}"
         )
     if y.numel() >= 256:
-        relative, bound = (float(e.norm() / want.y.norm()) for e in (error, 0.75 * want.allowed))
-        assert relative <= bound, f"relative norm of the error: {relative:.3g} > {bound:.3g}"
+        norm, bound = (float(e.norm()) for e in (error, 0.75 * want.allowed))
+        assert norm <= bound, f"norm of the error: {norm:.3g} > {bound:.3g}"
 
 
 def pairwise(**axes: Sequence[Any]) -> list[dict[str, Any]]:

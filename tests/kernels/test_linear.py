@@ -8,11 +8,14 @@ import pytest
 import torch
 from linear_cases import (
     DTYPES,
+    FP4,
+    FP8,
     KEPT,
     MODES,
     ON_OWN_KERNELS,
     W4A8,
     W8A8,
+    WITHOUT_ZERO_POINTS,
     Expected,
     Layer,
     assert_right,
@@ -57,24 +60,40 @@ GROUPS = {
         (-1, 102),
         (-1, 320),
     ),
+    "float4": (
+        (8, 8),
+        (16, 48),
+        (24, 72),
+        (32, 96),
+        (64, 64),
+        (128, 640),
+        (136, 272),
+        (-1, 8),
+        (-1, 40),
+        (-1, 320),
+    ),
 }
 CHANNEL_KS = (1, 2, 3, 4, 7, 20, 33, 64, 102, 320, 1001)
 ROWS = (0, 1, 2, 3, 5, 8, 17, 33, 64, 129, 521)
 CHANNELS = (1, 15, 16, 17, 48, 65, 100, 129)
 
 
+def _bits(mode: str) -> int | str:
+    if mode in FP4:
+        return "float4"  # whole bytes
+    return 8 if "w8" in mode or mode in FP8 else 4
+
+
 def _grid(mode: str) -> list[dict[str, Any]]:
     axes: dict[str, Any] = {
-        "group": [(-1, k) for k in CHANNEL_KS]
-        if mode in W8A8
-        else GROUPS[8 if "w8" in mode else 4],
+        "group": [(-1, k) for k in CHANNEL_KS] if mode in W8A8 else GROUPS[_bits(mode)],
         "rows": ROWS,
         "n": CHANNELS,
         "view": VIEWS,
         "dtype": DTYPES,
         "bias": (False, True),
     }
-    if mode not in W8A8:
+    if mode not in WITHOUT_ZERO_POINTS:
         axes["asymmetric"] = (False, True)
     if mode in W4A8:  # the only op whose scales need not have the activations' dtype
         axes["scale_dtype"] = DTYPES
@@ -140,7 +159,7 @@ REAL = [
     pytest.param(mode, group, asymmetric, id=f"{mode}-g{group}-{'asym' if asymmetric else 'sym'}")
     for mode in MODES
     for group in ((-1,) if mode in W8A8 else (32, 128, -1))
-    for asymmetric in ((False,) if mode in W8A8 else (False, True))
+    for asymmetric in ((False,) if mode in WITHOUT_ZERO_POINTS else (False, True))
 ]
 
 
@@ -195,7 +214,7 @@ def test_no_rows(isa: str, mode: str, shape: tuple[int, ...]) -> None:
     assert y.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("mode", [*KEPT, *W4A8])
+@pytest.mark.parametrize("mode", [*KEPT, *W4A8, *FP8])
 def test_minus_one_and_k_are_one_group(isa: str, mode: str) -> None:
     """Group size -1 and group size K are the same layer, so that any K will do."""
     layer = make_layer(mode, 20, 99, -1, torch.bfloat16, asymmetric=True)

@@ -8,11 +8,14 @@ import pytest
 import torch
 from linear_cases import (
     DTYPES,
+    FLOATS,
+    FP4,
     KEPT,
     MODES,
     ON_OWN_KERNELS,
     OWN_KERNELS,
     W8A8,
+    WITHOUT_ZERO_POINTS,
     make_layer,
     make_x,
     pairwise,
@@ -31,10 +34,10 @@ BATCHES = (2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 31, 64, 129, 255, 256, 257, 511, 513,
 def _grid(mode: str) -> list[dict[str, Any]]:
     groups = ((8, 24), (32, 96), (128, 640), (136, 272), (-1, 20), (-1, 333))
     return pairwise(
-        group=groups[-2:] if mode in W8A8 else groups,
+        group=groups[-2:] if mode in W8A8 else groups[:4] if mode in FP4 else groups,
         n=(1, 17, 48, 129),
         dtype=DTYPES,
-        asymmetric=(False,) if mode in W8A8 else (False, True),
+        asymmetric=(False,) if mode in WITHOUT_ZERO_POINTS else (False, True),
         bias=(False, True),
     )
 
@@ -115,7 +118,7 @@ def test_two_python_threads_at_once(isa: str) -> None:
     """Re-entrant: calls of different ops and shapes at the same time give what they give alone."""
     jobs = []
     for seed, mode in enumerate(MODES):
-        dtype, rows = DTYPES[seed % 3], (1, 40, 3, 600, 9, 2, 33, 5)[seed]
+        dtype, rows = DTYPES[seed % 3], (1, 40, 3, 600, 9, 2, 33, 5)[seed % 8]
         layer = make_layer(mode, 100, 256, 64, dtype, asymmetric=bool(seed % 2), seed=seed)
         x = make_x(rows, 256, dtype)
         jobs.append((layer, x, layer(x)))
@@ -134,8 +137,8 @@ def test_two_python_threads_at_once(isa: str) -> None:
 @pytest.mark.parametrize(
     ("isa", "twin"), [("avx512vnni", "avx512"), ("avxvnni", "avx2")], indirect=["isa"]
 )
-@pytest.mark.parametrize("mode", KEPT)
-def test_kept_activations_do_not_use_vnni(isa: str, twin: str, mode: str) -> None:
+@pytest.mark.parametrize("mode", KEPT + FLOATS)
+def test_kept_activations_and_floats_do_not_use_vnni(isa: str, twin: str, mode: str) -> None:
     """An instruction set without kernels of its own runs those of the next lower one; so what is
     tested on the one need not be on the other."""
     assert isa not in OWN_KERNELS[mode]

@@ -7,10 +7,11 @@ import pytest
 import torch
 from linear_cases import (
     DTYPES,
+    FP8,
     INTEGER,
     KEPT,
     MODES,
-    W8A8,
+    WITHOUT_ZERO_POINTS,
     Layer,
     assert_right,
     expected,
@@ -19,11 +20,12 @@ from linear_cases import (
     pack_bits,
 )
 
-from vllm_plugin_tm.kernels import reference
-
 pytestmark = pytest.mark.usefixtures("extension")
 
-DYNAMIC = tuple(mode for mode in INTEGER if "static" not in mode)
+DYNAMIC = (
+    *(mode for mode in INTEGER if "static" not in mode),
+    *(mode for mode in FP8 if mode in ("fp8_token", "fp8_group")),
+)
 
 
 @pytest.mark.parametrize("zero", [0, 1], ids=["sym", "asym"])
@@ -68,8 +70,7 @@ def test_activations_are_not_rounded_to_bf16(
 def test_extreme_values(isa: str, mode: str, dtype: torch.dtype, value: float, rows: int) -> None:
     """Far from 1 the arithmetic is the same; scales bring the result back into range."""
     layer = make_layer(mode, 40, 96, 32, dtype, scale_dtype=torch.float32)
-    scale = layer.scale * min(1.0, 1 / value)
-    layer = dataclasses.replace(layer, scale=scale if mode in W8A8 else scale.to(dtype))
+    layer = layer.times(min(1.0, 1 / value), dtype)
     if layer.x_scale is not None:
         layer = dataclasses.replace(layer, x_scale=torch.tensor([value / 100]))
     x = torch.full((rows, 96), value).to(dtype) * make_x(rows, 96, torch.float32).sign().to(dtype)
@@ -85,7 +86,7 @@ def test_infinite_and_nan_activations_stay_in_their_row(
 ) -> None:
     """The row that holds one has no finite output; every other row is untouched, bit for bit. With
     a given scale an infinity is the outermost code, and only NaN has no meaning."""
-    for asymmetric in (False,) if mode in W8A8 else (False, True):
+    for asymmetric in (False,) if mode in WITHOUT_ZERO_POINTS else (False, True):
         layer = make_layer(mode, 35, 64, 32, dtype, asymmetric)
         for rows, where in ((2, 1), (9, 4), (40, 17)):
             x = make_x(rows, 64, dtype)
@@ -97,8 +98,7 @@ def test_infinite_and_nan_activations_stay_in_their_row(
             if layer.x_scale is not None and bad == bad:
                 assert_right(y, expected(layer, x))
                 continue
-            weight = reference.dequantize(*layer.disk[:2], layer.zero_point, 64, layer.bits)[:, 37]
-            assert not y[where][weight != 0].isfinite().any()
+            assert not y[where][layer.real_weight()[:, 37] != 0].isfinite().any()
             if mode in DYNAMIC:
                 assert not y[where].isfinite().any()
 
@@ -118,9 +118,9 @@ def test_a_value_that_is_not_finite_is_seen_wherever_it_is(isa: str, mode: str, 
 def test_overflow_of_the_output_is_infinite(isa: str, mode: str, dtype: torch.dtype) -> None:
     """A result beyond the dtype's range becomes an infinity of its sign, as torch rounds."""
     layer = make_layer(mode, 20, 32, 32, dtype)
-    scale = torch.full_like(layer.scale, torch.finfo(dtype).max / 8)
-    x_scale = None if layer.x_scale is None else torch.tensor([0.125])
-    layer = dataclasses.replace(layer, scale=scale, x_scale=x_scale)
+    layer = layer.with_scale(torch.finfo(dtype).max / 8)
+    if layer.x_scale is not None:
+        layer = dataclasses.replace(layer, x_scale=torch.tensor([0.125]))
     x = torch.full((3, 32), 16.0, dtype=dtype)
     want = expected(layer, x).y
     y = layer(x)

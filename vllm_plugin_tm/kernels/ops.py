@@ -112,8 +112,9 @@ def _register_fakes() -> None:
         _register_grouped_pack(f"w{bits}a16_pack", bits)
         _register_grouped_linear(f"w{bits}a16_linear")
     _register_grouped_linear("w4a8_linear")
+    _register_float_linears()
     _register_w8a8()
-    for scheme in ("w4a16", "w8a16", "w4a8", "w8a8"):
+    for scheme in ("w4a16", "w8a16", "w4a8", "w8a8", "fp8", "fp4"):
         _register_moe(f"{scheme}_moe")
 
 
@@ -152,6 +153,24 @@ def _register_grouped_linear(name: str) -> None:
     def _(x, weight, scale, zero_point, bias, n, group_size, x_groups=False):  # type: ignore[no-untyped-def]
         others = {"weight": weight, "scale": scale, "zero_point": zero_point, "bias": bias}
         _check_devices(name, "x", x, others)
+        return x.new_empty((*x.shape[:-1], n))
+
+
+def _register_float_linears() -> None:
+    import torch
+
+    @torch.library.register_fake(f"{NAMESPACE}::fp8_linear")
+    def _(  # type: ignore[no-untyped-def]
+        x, weight, scale, bias, n, group_size, x_rounding, x_scale=None, x_group_size=-1
+    ):
+        others = {"weight": weight, "scale": scale, "bias": bias, "x_scale": x_scale}
+        _check_devices("fp8_linear", "x", x, others)
+        return x.new_empty((*x.shape[:-1], n))
+
+    @torch.library.register_fake(f"{NAMESPACE}::fp4_linear")
+    def _(x, weight, scale, channel_scale, bias, n, group_size, scale_type):  # type: ignore[no-untyped-def]
+        others = {"weight": weight, "scale": scale, "channel_scale": channel_scale, "bias": bias}
+        _check_devices("fp4_linear", "x", x, others)
         return x.new_empty((*x.shape[:-1], n))
 
 
@@ -196,16 +215,24 @@ def _register_w8a8() -> None:
 def _register_moe(name: str) -> None:
     import torch
 
-    third = "weight_sum" if name.startswith("w8a8") else "zero_point"
+    if name.startswith("fp"):
+        third = "channel_scale"
+    else:
+        third = "weight_sum" if name.startswith("w8a8") else "zero_point"
     parts = ("", "_scale", f"_{third}", "_bias")
     weights = [f"{product}{part}" for product in ("w13", "w2") for part in parts]
     numbers = ("intermediate_size", "activation", "alpha", "beta", "limit")
-    names = ("x", "topk_weights", "topk_ids", *weights, *numbers, "expert_map", "x_groups")
+    more = {
+        "w4a8_moe": ("x_groups",),
+        "fp8_moe": ("x_rounding", "w13_x_scale", "w2_x_scale", "x_group_size"),
+        "fp4_moe": ("scale_type",),
+    }.get(name, ())
+    names = ("x", "topk_weights", "topk_ids", *weights, *numbers, "expert_map", *more)
 
     @torch.library.register_fake(f"{NAMESPACE}::{name}")
     def _(*arguments, **named):  # type: ignore[no-untyped-def]
         given = dict(zip(names, arguments, strict=False)) | named
         x = given.pop("x")
-        tensors = ("topk_weights", "topk_ids", *weights, "expert_map")
+        tensors = ("topk_weights", "topk_ids", *weights, "expert_map", "w13_x_scale", "w2_x_scale")
         _check_devices(name, "x", x, {key: given.get(key) for key in tensors})
         return x.new_empty(x.shape)
