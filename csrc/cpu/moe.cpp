@@ -131,7 +131,7 @@ class ExpertRows {
 
   void prepare(int64_t rows, const Parallel& parallel) const {
     if (rows_.needed()) each(rows, parallel, [&](int64_t row) { rows_.prepare(row); });
-    if (gathered_ && (beside_.sums || beside_.offsets))
+    if (gathered_ && beside_.any())
       each(routing_.pairs, parallel, [&](int64_t pair) { gather_beside(routing_.token[pair], pair); });
     if (tiles_count_ > 0) {
       const int64_t tasks = std::min(tiles_count_, kItemsPerThread * parallel.threads);

@@ -72,6 +72,7 @@ struct BesideRows {
     group_scales = pieces.take<float>(grouped, count);
     scales = pieces.take<float>(!kept && !grouped, rows);
   }
+  bool any() const { return sums || offsets || group_scales || scales; }
   /// The arrays from `row` on.
   BesideRows from(int64_t row, int64_t groups) const {
     return {sums ? sums + row * groups : nullptr, offsets ? offsets + row * groups : nullptr,
