@@ -46,7 +46,7 @@ def test_isa_refuses_other_spellings(monkeypatch, text):
 
 def test_schemes(monkeypatch):
     assert envs.schemes() == envs.SCHEMES
-    assert envs.SCHEMES == ("w4a16", "w8a16", "w4a8", "w8a8")
+    assert envs.SCHEMES == ("w4a16", "w8a16", "w4a8", "w8a8", "fp8", "fp4")
     monkeypatch.setenv("VLLM_PLUGIN_TM_SCHEMES", " w4a16 ,w4a16")
     assert envs.schemes() == ("w4a16",)
     monkeypatch.setenv("VLLM_PLUGIN_TM_SCHEMES", "w8a8,w4a8")

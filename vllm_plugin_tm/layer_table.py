@@ -5,13 +5,20 @@ from collections import Counter
 from dataclasses import astuple, dataclass
 
 import torch
-from vllm.model_executor.kernels.linear import Int8ScaledMMLinearKernel, MPLinearKernel
+from vllm.model_executor.kernels.linear import (
+    FP8ScaledMMLinearKernel,
+    Int8ScaledMMLinearKernel,
+    MPLinearKernel,
+)
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 
 from vllm_plugin_tm.kernels import ops
 from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_w4a8_int import (
     TMW4A8IntLinearKernel,
+)
+from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_fp8 import (
+    TMFp8LinearKernel,
 )
 from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_int8 import (
     TMInt8ScaledMMLinearKernel,
@@ -107,12 +114,13 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _kernel_of(module: torch.nn.Module) -> object:
-    """What upstream chose for the layer. compressed-tensors keeps it on the layer's scheme, GPTQ
-    and AWQ on the quantization method."""
+    """What upstream chose for the layer. compressed-tensors keeps it on the layer's scheme, others
+    on the quantization method, under several names."""
     for owner in (getattr(module, "scheme", None), getattr(module, "quant_method", None)):
-        kernel = getattr(owner, "kernel", None)
-        if kernel is not None:
-            return kernel
+        for name in ("kernel", "fp8_linear", "linear_kernel"):
+            kernel = getattr(owner, name, None)
+            if kernel is not None:
+                return kernel
     return None
 
 
@@ -124,7 +132,7 @@ def _describe(
     kernel = _kernel_of(module)
     if isinstance(kernel, TMKernel):
         return scheme, type(kernel).__name__, True, ops.get_isa(), kernel.group_size, kernel.note
-    if isinstance(kernel, MPLinearKernel | Int8ScaledMMLinearKernel):
+    if isinstance(kernel, MPLinearKernel | Int8ScaledMMLinearKernel | FP8ScaledMMLinearKernel):
         return scheme, type(kernel).__name__, False, "", None, _why_not(kernel)
     if scheme.startswith("Unquantized"):
         return scheme, "-", False, "", None, getattr(method, "tm_note", "not quantized")
@@ -134,9 +142,11 @@ def _describe(
     return scheme, name, False, "", None, "no TM kernel for this scheme"
 
 
-def _why_not(kernel: MPLinearKernel | Int8ScaledMMLinearKernel) -> str:
+def _why_not(kernel: MPLinearKernel | Int8ScaledMMLinearKernel | FP8ScaledMMLinearKernel) -> str:
     """Why a layer that upstream's kernel runs is not ours."""
-    if isinstance(kernel, Int8ScaledMMLinearKernel):
+    if isinstance(kernel, FP8ScaledMMLinearKernel):
+        ok, reason = TMFp8LinearKernel.can_implement(kernel.config)
+    elif isinstance(kernel, Int8ScaledMMLinearKernel):
         ok, reason = TMInt8ScaledMMLinearKernel.can_implement(kernel.config)
     elif str(kernel.config.weight_type) in TMW4A8IntLinearKernel.weight_types:
         ok, reason = TMW4A8IntLinearKernel.can_implement(kernel.config)

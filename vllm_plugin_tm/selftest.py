@@ -76,7 +76,8 @@ def require(scheme: str) -> None:
 @dataclass(frozen=True)
 class _Inputs:
     """Fixed input: x [rows, K], packed 4-bit codes [N, K/8] and zero points [ceil(N/8), G], bytes
-    [N, K] and their zero points [ceil(N/4), G], scale [N, G], bias [N]."""
+    [N, K] and their zero points [ceil(N/4), G], scale [N, G], bias [N]; weights e4m3 [N, K], e2m1
+    pairs [N, K/2] and bytes that are scales of either kind [N, G]."""
 
     x: Tensor
     nibbles: Tensor
@@ -85,6 +86,9 @@ class _Inputs:
     byte_zeros: Tensor
     scale: Tensor
     bias: Tensor
+    float8: Tensor
+    float4: Tensor
+    float4_scale: Tensor
 
 
 # An error in units of the oracle's own tolerance: how far the kernel is from it on one input.
@@ -107,9 +111,12 @@ def _test(scheme: str, variants: dict[str, _Error]) -> Result:
 
 
 def _deviation(scheme: str, y: Tensor, *arguments: object) -> float:
-    from vllm_plugin_tm.kernels import reference, reference_int8
+    from vllm_plugin_tm.kernels import reference, reference_float, reference_int8
 
-    oracle = reference if scheme.endswith("a16") else reference_int8
+    if scheme.startswith("fp"):
+        oracle = reference_float
+    else:
+        oracle = reference if scheme.endswith("a16") else reference_int8
     want = getattr(oracle, f"{scheme}_linear")(*arguments)
     allowed = getattr(oracle, f"{scheme}_tolerance")(*arguments)
     # max() would drop a NaN's meaning; a comparison that fails does not.
@@ -150,6 +157,31 @@ def _w8a8_error(asymmetric: bool, static: bool, inputs: _Inputs) -> float:
     return _deviation("w8a8", y, inputs.x, inputs.bytes, channel, inputs.bias, *quantization)
 
 
+def _fp8_error(rounding: str, inputs: _Inputs) -> float:
+    x_scale = torch.tensor([_X_SCALE], dtype=torch.float32, device="cpu")
+    more = (rounding, x_scale if rounding == "tensor" else None, -1)
+    scale = inputs.scale.float()
+    pack = torch.ops.vllm_plugin_tm.w8a16_pack
+    weight, scales, _ = pack(inputs.float8.view(torch.int8), scale, None, _K)
+    y = torch.ops.vllm_plugin_tm.fp8_linear(
+        inputs.x, weight, scales, inputs.bias, _N, _GROUP, *more
+    )
+    return _deviation("fp8", y, inputs.x, inputs.float8, scale, inputs.bias, *more)
+
+
+def _fp4_error(scale_type: str, inputs: _Inputs) -> float:
+    pack = torch.ops.vllm_plugin_tm.w4a16_pack
+    words = inputs.float4.view(torch.int32) ^ -0x77777778  # see small_floats.e2m1_words
+    weight, scales, _ = pack(words, inputs.float4_scale, None, _K)
+    channels = inputs.scale[:, 0].float()
+    padded = torch.nn.functional.pad(channels, (0, ops.padded(_N) - _N))
+    y = torch.ops.vllm_plugin_tm.fp4_linear(
+        inputs.x, weight, scales, padded, inputs.bias, _N, _GROUP, scale_type
+    )
+    scale = (inputs.float4_scale, channels)
+    return _deviation("fp4", y, inputs.x, inputs.float4, *scale, inputs.bias, scale_type)
+
+
 def _inputs(dtype: torch.dtype, rows: int) -> _Inputs:
     # Everything names its device and dtype: the model loader sets other defaults around us.
     generator = torch.Generator(device="cpu").manual_seed(20)
@@ -163,6 +195,8 @@ def _inputs(dtype: torch.dtype, rows: int) -> _Inputs:
         ).to(torch.int32)
 
     groups = _K // _GROUP
+    float8 = words(_N, _K // 4).view(torch.uint8)
+    float8 = torch.where((float8 & 0x7F) == 0x7F, float8 - 1, float8)  # all but not-a-number
     return _Inputs(
         x=normal(rows, _K),
         nibbles=words(_N, _K // 8),
@@ -171,11 +205,23 @@ def _inputs(dtype: torch.dtype, rows: int) -> _Inputs:
         byte_zeros=words(-(-_N // 4), groups),
         scale=normal(_N, groups),
         bias=normal(_N),
+        float8=float8.view(torch.float8_e4m3fn),
+        float4=words(_N, _K // 8).view(torch.uint8),
+        # 2**-3 to 2**-1 as e8m0, 320 to 416 as e4m3.
+        float4_scale=(words(_N, groups).view(torch.uint8)[:, :groups] % 3 + 0x7C).contiguous(),
     )
 
 
 def _variants(scheme: str) -> dict[str, _Error]:
     symmetries = {"symmetric": False, "asymmetric": True}
+    if scheme == "fp8":
+        roundings = ("none", "token", "group", "tensor")
+        return {
+            f"rounding {rounding}": functools.partial(_fp8_error, rounding)
+            for rounding in roundings
+        }
+    if scheme == "fp4":
+        return {f"scales {kind}": functools.partial(_fp4_error, kind) for kind in ("e8m0", "e4m3")}
     if scheme == "w8a8":
         return {
             f"{symmetry} {kind}": functools.partial(_w8a8_error, asymmetric, static)

@@ -16,23 +16,36 @@ if not ops.is_available():
 
 from vllm.model_executor import model_loader
 from vllm.model_executor.kernels import linear
-from vllm.model_executor.layers.quantization import auto_gptq
+from vllm.model_executor.layers.quantization import auto_gptq, fp8
 from vllm.platforms import PlatformEnum
 
-from vllm_plugin_tm.patch import apply, moe_methods
+from vllm_plugin_tm.patch import apply, float_methods, moe_methods
+
+SWAPS = {patch: patch.SWAPS.swaps for patch in (float_methods, moe_methods)}
 
 
-def expert_methods():
+def swapped_classes(patch):
     """The classes that stand in upstream's modules now."""
-    return [getattr(importlib.import_module(m), name) for m, name, _ in moe_methods._MIXINS]
+    return [swap.live() for swap in SWAPS[patch]]
 
 
 def upstream_state():
     return (
         list(linear._POSSIBLE_KERNELS[PlatformEnum.CPU]),
         list(linear._POSSIBLE_INT8_KERNELS[PlatformEnum.CPU]),
+        *(
+            {platform: list(kernels) for platform, kernels in table.items()}
+            for table in (
+                linear._POSSIBLE_FP8_KERNELS,
+                linear._POSSIBLE_FP8_BLOCK_KERNELS,
+                linear._POSSIBLE_WFP8A16_KERNELS,
+                linear._POSSIBLE_NVFP4_KERNELS,
+                linear._POSSIBLE_MXFP4_KERNELS,
+            )
+        ),
+        linear.MarlinNvFp4LinearKernel,
         dict(model_loader._LOAD_FORMAT_TO_MODEL_LOADER),
-        expert_methods(),
+        *(swapped_classes(patch) for patch in SWAPS),
     )
 
 
@@ -50,26 +63,38 @@ def test_apply_is_idempotent_and_read_back():
     apply.apply()
     assert upstream_state() == once
     assert [(row.name, row.applied, row.problems) for row in apply.status()] == [
-        ("mixed_precision", True, ()),
-        ("scaled_mm", True, ()),
-        ("moe_methods", True, ()),
-        ("online", True, ()),
-        ("model_loader", True, ()),
+        (name, True, ())
+        for name in (
+            *("mixed_precision", "scaled_mm", "float_kernels", "float_methods", "moe_methods"),
+            *("online", "model_loader"),
+        )
     ]
 
 
 def test_status_tells_what_is_not_applied(monkeypatch):
-    assert [row.applied for row in apply.status()] == [False] * 5
+    def applied():
+        return {row.name for row in apply.status() if row.applied}
+
+    everything = {patch.name for patch in table.PATCHES}
+    assert applied() == set()
     apply.apply()
-    linear._POSSIBLE_KERNELS[PlatformEnum.CPU].reverse()
-    assert [row.applied for row in apply.status()] == [False, True, True, True, True]
-    linear._POSSIBLE_KERNELS[PlatformEnum.CPU].reverse()
-    linear._POSSIBLE_INT8_KERNELS[PlatformEnum.CPU].reverse()
-    assert [row.applied for row in apply.status()] == [True, False, True, True, True]
-    linear._POSSIBLE_INT8_KERNELS[PlatformEnum.CPU].reverse()
-    monkeypatch.setattr(auto_gptq, "AutoGPTQMoEMethod", auto_gptq.AutoGPTQMoEMethod.__bases__[-1])
-    assert [row.applied for row in apply.status()] == [True, True, False, True, True]
-    monkeypatch.undo()
+    assert applied() == everything
+    for name, kernels in (
+        ("mixed_precision", linear._POSSIBLE_KERNELS),
+        ("scaled_mm", linear._POSSIBLE_INT8_KERNELS),
+        ("float_kernels", linear._POSSIBLE_FP8_KERNELS),
+    ):
+        kernels[PlatformEnum.CPU].reverse()
+        assert applied() == everything - {name}
+        kernels[PlatformEnum.CPU].reverse()
+    for name, owner, upstream in (
+        ("float_kernels", linear, "MarlinNvFp4LinearKernel"),
+        ("float_methods", fp8, "Fp8LinearMethod"),
+        ("moe_methods", auto_gptq, "AutoGPTQMoEMethod"),
+    ):
+        monkeypatch.setattr(owner, upstream, getattr(owner, upstream).__bases__[-1])
+        assert applied() == everything - {name}
+        monkeypatch.undo()
 
 
 def test_every_expectation_holds_in_the_installed_vllm():
@@ -160,19 +185,21 @@ def test_loaders_keep_their_names_and_formats():
         assert issubclass(loader, upstream[load_format])
 
 
-def test_methods_of_experts_are_subclasses_under_the_same_names():
-    (row,) = [patch for patch in table.PATCHES if patch.name == "moe_methods"]
-    before = expert_methods()
+@pytest.mark.parametrize("patch", SWAPS, ids=lambda patch: patch.__name__)
+def test_classes_are_subclasses_under_the_same_names(patch):
+    (row,) = [row for row in table.PATCHES if patch.__name__.endswith(f".{row.name}")]
+    before = swapped_classes(patch)
     apply.apply()
-    for live, upstream, (module, name, mixin) in zip(
-        expert_methods(), before, moe_methods._MIXINS, strict=True
-    ):
-        assert live.__name__ == upstream.__name__ == name
-        assert live.__bases__ == (mixin, upstream)
+    for swap, upstream in zip(SWAPS[patch], before, strict=True):
+        live = swap.live()
+        assert live.__name__ == upstream.__name__ == swap.name
+        assert live.__bases__ == (swap.mixin, upstream)
         # What no mixin changes is upstream's.
-        assert live.create_weights is upstream.create_weights
-        assert name in row.how
-        assert f"{module}:{name}.__init__" in row.expects
+        if "create_weights" not in vars(swap.mixin):
+            assert live.create_weights is upstream.create_weights
+        assert swap.name in row.how
+        symbols = [symbol for symbol in row.expects if symbol.startswith(f"{swap.module}:")]
+        assert any(symbol.split(":")[1].startswith(swap.name) for symbol in symbols)
 
 
 def test_the_table_explains_every_patch():

@@ -76,6 +76,8 @@ def test_group_sizes_are_multiples_of_a_word_of_the_layout(row, weight_type, gro
 def test_weights_of_each_width_have_the_scheme_that_holds_them():
     for name, kind in WEIGHT_TYPES.items():
         expected = ("w4a16" if kind.bits <= 4 else "w8a16") if kind.packed else f"w{kind.bits}a8"
+        if kind.floats:
+            expected = f"fp{kind.bits}"
         assert scheme_of(name) == expected
     assert scheme_of("float4_e2m1f") is None
     assert scheme_of("uint1") is None
@@ -154,7 +156,7 @@ def test_amx_is_upstreams_where_it_has_a_kernel_unless_an_instruction_set_is_for
     assert "AMX" in str(check(GOOD, amx).reason)
     assert check(GOOD, Machine("cpu", "avx512bf16", amx=True, isa_forced=True)).ok
     kept = {name for name in WEIGHT_TYPES if not check_machine(scheme_of(name), name, amx).ok}
-    assert kept == {"uint4", "uint4b8", "int8"}
+    assert kept == {"uint4", "uint4b8", "int8", "float8_e4m3fn"}
 
 
 def test_other_devices_and_excluded_schemes_are_refused():

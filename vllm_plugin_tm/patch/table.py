@@ -15,6 +15,7 @@ from vllm_plugin_tm.versions import COMPAT_VLLM
 _LINEAR = "vllm.model_executor.kernels.linear"
 _LOADER = "vllm.model_executor.model_loader"
 _QUANTIZATION = "vllm.model_executor.layers.quantization"
+_CT = f"{_QUANTIZATION}.compressed_tensors.compressed_tensors"
 _CT_MOE = f"{_QUANTIZATION}.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe"
 _MOE_INIT = "(self, weight_quant, input_quant, moe, layer_name=None)"
 _MOE_CREATE = (
@@ -91,6 +92,85 @@ PATCHES: tuple[Patch, ...] = (
         },
         tested=COMPAT_VLLM,
         delete_when="register_linear_kernel can put a kernel before the in-tree ones",
+    ),
+    Patch(
+        name="float_kernels",
+        target=f"{_LINEAR}:_POSSIBLE_FP8_KERNELS",
+        kind="registry",
+        why=(
+            "as above; upstream's CPU lists have nothing without AMX for FP8 blocks, and nothing "
+            "for FP8 weights under kept activations and for FP4"
+        ),
+        how=(
+            "TMFp8LinearKernel, TMWFp8A16LinearKernel, TMNvFp4LinearKernel and TMMxFp4LinearKernel "
+            "at the heads of the CPU lists, in place; the NVFP4 one also in the place of the one "
+            "that upstream forces for kept activations"
+        ),
+        expects={
+            f"{_LINEAR}:{name}": "dict"
+            for name in (
+                "_POSSIBLE_FP8_KERNELS",
+                "_POSSIBLE_FP8_BLOCK_KERNELS",
+                "_POSSIBLE_WFP8A16_KERNELS",
+                "_POSSIBLE_NVFP4_KERNELS",
+                "_POSSIBLE_MXFP4_KERNELS",
+            )
+        }
+        | {
+            f"{_LINEAR}:init_fp8_linear_kernel": (
+                "(activation_quant_key, weight_quant_key, input_dtype, out_dtype, weight_shape,"
+                " force_kernel=None, module_name=None)"
+            ),
+            f"{_LINEAR}:init_wfp8_a16_linear_kernel": (
+                "(weight_quant_key, activation_quant_key, weight_shape, input_dtype, out_dtype,"
+                " force_kernel=None, module_name=None)"
+            ),
+            f"{_LINEAR}:init_nvfp4_linear_kernel": "(use_a16=False)",
+            f"{_LINEAR}:init_mxfp4_linear_kernel": "(activation_quant_key=None)",
+            f"{_LINEAR}:FP8ScaledMMLinearLayerConfig": (
+                "(weight_quant_key, activation_quant_key, weight_shape, input_dtype, out_dtype)"
+            ),
+            f"{_LINEAR}:FP8ScaledMMLinearKernel.__init__": "(self, c, layer_param_names)",
+            f"{_LINEAR}:FP8ScaledMMLinearKernel.apply_weights": "(self, layer, x, bias=None)",
+            f"{_LINEAR}:NvFp4LinearKernel.__init__": "(self, config)",
+            f"{_LINEAR}:NvFp4LinearKernel.apply_weights": "(self, layer, x, bias=None)",
+            f"{_LINEAR}:MxFp4LinearKernel.__init__": "(self, config)",
+            f"{_LINEAR}:MxFp4LinearKernel.apply_weights": "(self, layer, x, bias=None)",
+            f"{_LINEAR}:MarlinNvFp4LinearKernel": "(config)",
+        },
+        tested=COMPAT_VLLM,
+        delete_when="register_linear_kernel can put a kernel before the in-tree ones",
+    ),
+    Patch(
+        name="float_methods",
+        target=f"{_QUANTIZATION}.fp8:Fp8LinearMethod",
+        kind="subclass",
+        why=(
+            "upstream brings the scales of fused FP8 tensors to one by an op that CPUs lack, fails "
+            "on FP8 blocks under kept activations, and takes one second scale for all parts of a "
+            "fused NVFP4 layer"
+        ),
+        how=(
+            "subclasses of the live classes CompressedTensorsW8A8Fp8, CompressedTensorsW8A16Fp8, "
+            "CompressedTensorsW4A4Fp4 and Fp8LinearMethod, where upstream looks them up"
+        ),
+        expects={
+            f"{_QUANTIZATION}.fp8:Fp8LinearMethod": "(quant_config)",
+            f"{_QUANTIZATION}.fp8:Fp8LinearMethod.create_weights": (
+                "(self, layer, input_size_per_partition, output_partition_sizes, input_size,"
+                " output_size, params_dtype, **extra_weight_attrs)"
+            ),
+            f"{_QUANTIZATION}.fp8:Fp8LinearMethod.process_weights_after_loading": "(self, layer)",
+            f"{_QUANTIZATION}.fp8:Fp8LinearMethod.apply": "(self, layer, x, bias=None)",
+            f"{_CT}:CompressedTensorsW8A8Fp8": "(weight_quant, is_static_input_scheme)",
+            f"{_CT}:CompressedTensorsW8A8Fp8.process_weights_after_loading": "(self, layer)",
+            f"{_CT}:CompressedTensorsW8A16Fp8": "(weight_quant, is_static_input_scheme)",
+            f"{_CT}:CompressedTensorsW8A16Fp8.process_weights_after_loading": "(self, layer)",
+            f"{_CT}:CompressedTensorsW4A4Fp4": "(use_a16=False)",
+            f"{_CT}:CompressedTensorsW4A4Fp4.process_weights_after_loading": "(self, layer)",
+        },
+        tested=COMPAT_VLLM,
+        delete_when="kernels see a checkpoint's tensors before any other code",
     ),
     Patch(
         name="moe_methods",

@@ -23,6 +23,8 @@ _MARKS: dict[torch.dtype, tuple[torch.dtype, int]] = {
     torch.bfloat16: (torch.int16, 0x7FE5),
     torch.float16: (torch.int16, 0x7F5A),
     torch.float32: (torch.int32, 0x7FE5A5A5),
+    torch.float8_e4m3fn: (torch.int8, 0x7F),  # not a number, all of a row
+    torch.uint8: (torch.int8, -0x78),  # e2m1's -0, twice a byte; as a scale 2**9
 }
 KERNEL_LAYOUT = "tm_kernel_layout"
 """The attribute of parameters that are in kernel layout: no checkpoint's tensors go there."""
@@ -155,14 +157,17 @@ def _has_rows(param: torch.Tensor) -> bool:
 
 
 def _fits(param: torch.Tensor, tensor: torch.Tensor) -> bool:
-    """Scales come in any floating dtype, single integers in any integer one, codes in their own."""
+    """Scales come in any floating dtype, single integers in any integer one, codes and bytes of
+    scales in their own."""
+    if param.dtype.itemsize == 1 and _has_rows(param):
+        return param.dtype == tensor.dtype
     if param.is_floating_point() or not _has_rows(param):
         return param.is_floating_point() == tensor.is_floating_point()
     return param.dtype == tensor.dtype
 
 
 def _kind(param: torch.Tensor) -> str:
-    if param.is_floating_point():
+    if param.is_floating_point() and param.dtype.itemsize > 1:
         return "a floating dtype"
     return f"dtype {param.dtype}" if _has_rows(param) else "an integer dtype"
 

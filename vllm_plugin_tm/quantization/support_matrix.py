@@ -28,11 +28,12 @@ class Machine:
 @dataclass(frozen=True)
 class WeightType:
     """How a checkpoint holds weights: `bits` of a code, whether zero points stand beside them, and
-    whether codes share 32-bit words (else each has a byte of its own)."""
+    whether codes share 32-bit words (else bytes). `floats` names those that are no integers."""
 
     bits: int
     zero_points: bool
     packed: bool
+    floats: str = ""
 
 
 def _weight_types() -> dict[str, WeightType]:
@@ -41,11 +42,14 @@ def _weight_types() -> dict[str, WeightType]:
         # Code 2**(bits - 1) is zero in the biased type; the other has zero points beside it.
         types[f"uint{bits}b{1 << (bits - 1)}"] = WeightType(bits, False, True)
         types[f"uint{bits}"] = WeightType(bits, True, True)
+    types["float8_e4m3fn"] = WeightType(8, False, False, "e4m3")
+    types["mxfp4"] = WeightType(4, False, False, "e2m1 under e8m0 scales")
+    types["nvfp4"] = WeightType(4, False, False, "e2m1 under e4m3 scales and a float32 one")
     return types
 
 
 WEIGHT_TYPES = _weight_types()
-"""vLLM's scalar type names, and what they say of a checkpoint."""
+"""vLLM's names for types of weights, and what they say of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Request:
 class MoeRequest:
     """The routed experts of one layer as the loader would hand them over.
 
-    `scheme` is "w4a16", "w8a16", "w4a8" or "w8a8"; `activation` a name of MOE_ACTIVATIONS;
+    `scheme` is a member of envs.SCHEMES; `activation` a name of MOE_ACTIVATIONS;
     `hidden` and `intermediate` the sizes of an expert in this shard, `full_intermediate` that
     before it was split. The other fields are those of Request.
     """
@@ -110,6 +114,7 @@ class Row:
     """One line of the matrix: a scheme on a device, and everything it takes.
 
     `group_multiple` is what group sizes are multiples of; None: no groups, one scale per channel.
+    `groups` says it in words where that is not all.
     `rounding` says what happens to activations, empty where they are kept. `amx_types` are the
     weight types for which upstream has an AMX kernel, and so keeps its layers.
     """
@@ -123,6 +128,7 @@ class Row:
     device: str
     isas: tuple[str, ...]
     amx_types: tuple[str, ...] = ()
+    groups: str = ""
 
 
 def _packed(*bits: int) -> tuple[str, ...]:
@@ -179,6 +185,33 @@ MATRIX: tuple[Row, ...] = (
         device="cpu",
         isas=ISAS,
         amx_types=("int8",),
+    ),
+    Row(
+        scheme="fp8",
+        formats=(
+            "compressed-tensors float-quantized",
+            "FP8 as DeepSeek and Qwen have it (`weight_scale_inv`)",
+            "ModelOpt, FBGEMM and Quark per channel",
+        ),
+        weight_types=("float8_e4m3fn",),
+        group_multiple=4,  # a word of the kernel layout holds 4 weights and lies in one group
+        groups="tensor, channel, blocks (128 x 128 and others)",
+        act_dtypes=_FLOATS,
+        rounding="e4m3, per token, per token and 128 neighbours, or static per tensor; W8A16 kept",
+        device="cpu",
+        isas=ISAS,
+        amx_types=("float8_e4m3fn",),
+    ),
+    Row(
+        scheme="fp4",
+        formats=("compressed-tensors MXFP4 and NVFP4", "ModelOpt NVFP4"),
+        weight_types=("mxfp4", "nvfp4"),
+        group_multiple=8,
+        groups="32 (MXFP4), 16 (NVFP4)",
+        act_dtypes=_FLOATS,
+        rounding="",
+        device="cpu",
+        isas=ISAS,
     ),
 )
 
@@ -240,7 +273,10 @@ MOE_ACTIVATIONS = (
 # What a layer counts as when only its weights are known: upstream's configuration of a packed layer
 # does not say whether activations are to be quantized.
 _SCHEME_OF = {"int4": "w4a8", "int8": "w8a8"} | {
-    name: row.scheme for row in MATRIX if row.scheme.endswith("a16") for name in row.weight_types
+    name: row.scheme
+    for row in MATRIX
+    if row.scheme.endswith("a16") or row.scheme.startswith("fp")
+    for name in row.weight_types
 }
 
 
@@ -411,9 +447,7 @@ def markdown(matrix: tuple[Row, ...] = MATRIX) -> str:
             row.scheme.upper(),
             "; ".join(row.formats),
             _weights(row),
-            "channel; one scale for a tensor"
-            if row.group_multiple is None
-            else f"any multiple of {row.group_multiple} that divides the input size; channel",
+            _groups(row),
             ", ".join(row.act_dtypes) + (f"; rounded to {row.rounding}" if row.rounding else ""),
             row.device.upper(),
             ", ".join(row.isas),
@@ -422,9 +456,19 @@ def markdown(matrix: tuple[Row, ...] = MATRIX) -> str:
     return "\n".join(lines)
 
 
+def _groups(row: Row) -> str:
+    if row.groups:
+        return row.groups
+    if row.group_multiple is None:
+        return "channel; one scale for a tensor"
+    return f"any multiple of {row.group_multiple} that divides the input size; channel"
+
+
 def _weights(row: Row) -> str:
     """As "2, 3 and 4 bits, symmetric and asymmetric"."""
     kinds = [WEIGHT_TYPES[name] for name in row.weight_types]
+    if kinds[0].floats:
+        return "; ".join(kind.floats for kind in kinds)
     widths = sorted({kind.bits for kind in kinds})
     text = ", ".join(str(bits) for bits in widths[:-1])
     text = f"{text} and {widths[-1]} bits" if text else f"{widths[-1]} bits"
