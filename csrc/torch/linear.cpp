@@ -92,7 +92,7 @@ Tensor grouped_linear(const char* op, Tensor x, const Tensor& weight, const Tens
   args.activations = activations;
   // Kept activations: one dtype for all. Integers: scales as the checkpoint has them.
   const ScalarType scale_type = activations == Activations::kept ? x.scalar_type() : scale.scalar_type();
-  args.scale_dtype = float_dtype(op, "scale", scale_type);
+  args.scale_dtype = float_dtype(op, activations == Activations::kept ? "x" : "scale", scale_type);
   STD_TORCH_CHECK(!zero_point || zero_point->dim() == 2, op,
                   ": argument 'zero_point': expected 2 dimensions, given shape ",
                   zero_point ? text(zero_point->sizes()) : "");
