@@ -18,6 +18,30 @@ FP4 = ("fp4_mx", "fp4_nv")
 X_SCALE = 0.0061  # 3 % of normal values are beyond 448 of it
 
 
+def pack_floats(
+    op: str, weight: Tensor, scale: Tensor, k: int, gate_up: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Weight and scale, as a FloatLayer of fp8 or fp4 has them, in the kernel layout."""
+    namespace = torch.ops.vllm_plugin_tm
+    if op == "fp8":
+        packed = namespace.w8a16_pack(weight.view(torch.int8), scale, None, k, gate_up=gate_up)
+    else:
+        # The packer takes integers as code + 8, so that 0 is the code 8; e2m1's 0 is 0.
+        words = weight.view(torch.int32) ^ -0x77777778
+        packed = namespace.w4a16_pack(words, scale, None, k, gate_up=gate_up)
+    return packed[0], packed[1]
+
+
+def rounding_of(mode: str) -> str:
+    """What the op does with activations in a mode of FP8."""
+    return mode.partition("_")[2] or "none"
+
+
+def scale_type_of(mode: str) -> str:
+    """What the scales are in a mode of FP4."""
+    return "e8m0" if mode == "fp4_mx" else "e4m3"
+
+
 @dataclass(frozen=True)
 class FloatLayer:
     """A layer as a checkpoint holds it: weight float8_e4m3fn [N, K] with scale float32 [N, G], or
@@ -43,16 +67,7 @@ class FloatLayer:
     @functools.cached_property
     def packed(self) -> tuple[Tensor, Tensor]:
         """Weight and scale in the kernel layout."""
-        pack = torch.ops.vllm_plugin_tm
-        if self.op == "fp8":
-            weight, scale, _ = pack.w8a16_pack(
-                self.weight.view(torch.int8), self.scale, None, self.k
-            )
-        else:
-            # The packer takes integers as code + 8, so that 0 is the code 8; e2m1's 0 is 0.
-            words = self.weight.view(torch.int32) ^ -0x77777778
-            weight, scale, _ = pack.w4a16_pack(words, self.scale, None, self.k)
-        return weight, scale
+        return pack_floats(self.op, self.weight, self.scale, self.k)
 
     @functools.cached_property
     def _padded_channel_scale(self) -> Tensor | None:
@@ -62,11 +77,11 @@ class FloatLayer:
 
     @property
     def _rounding(self) -> str:
-        return self.mode.partition("_")[2] or "none"
+        return rounding_of(self.mode)
 
     @property
     def _scale_type(self) -> str:
-        return "e8m0" if self.mode == "fp4_mx" else "e4m3"
+        return scale_type_of(self.mode)
 
     def arguments(self, x: Tensor) -> dict[str, Any]:
         """The op's arguments by name, in order."""

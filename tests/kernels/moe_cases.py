@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from linear_cases import INTEGER, OWN_KERNELS, Expected, make_layer, make_x
+from float_cases import FP4, X_SCALE, FloatLayer, pack_floats, rounding_of, scale_type_of
+from linear_cases import FLOATS, INTEGER, KEPT, OWN_KERNELS, Expected, make_layer, make_x
 from torch import Tensor
 
 from vllm_plugin_tm import envs
@@ -15,7 +16,10 @@ from vllm_plugin_tm.kernels import reference_moe
 from vllm_plugin_tm.kernels.reference_moe import Activation, Experts
 
 # An op, and whether w4a8 rounds activations by groups; the first part is that of the ops' names.
-SCHEMES = ("w4a16", "w8a16", "w4a8", "w4a8_groups", "w8a8")
+INTEGER_SCHEMES = ("w4a16", "w8a16", "w4a8", "w4a8_groups", "w8a8")
+SCHEMES = INTEGER_SCHEMES + FLOATS
+# Schemes whose products keep their activations.
+KEPT_SCHEMES = (*KEPT, "fp8", *FP4)
 # The schemes' own products decide where they need a run; test_moe_row_invariance.py asserts it.
 ON_OWN_KERNELS = [(mode, isa) for mode in SCHEMES for isa in envs.ISAS if isa in OWN_KERNELS[mode]]
 
@@ -36,11 +40,13 @@ ACTIVATIONS = (
     Activation("relu2_no_mul"),
 )
 TILE_N = 16
+X_SCALES = (X_SCALE, 1.4 * X_SCALE)  # of the two products in fp8_tensor
 
 
 @dataclass(frozen=True)
 class MoeLayer:
-    """E experts as a checkpoint holds them."""
+    """E experts as a checkpoint holds them. x_group_size: how many neighbours of x have one scale
+    in fp8_group, -1 for as many as of the weights."""
 
     mode: str
     hidden: int
@@ -49,6 +55,7 @@ class MoeLayer:
     w2: Experts
     activation: Activation
     expert_map: Tensor | None = None
+    x_group_size: int = -1
 
     @property
     def op(self) -> str:
@@ -60,50 +67,68 @@ class MoeLayer:
         """Experts whose weights are here."""
         return self.w13.codes.shape[0]
 
+    @property
+    def third(self) -> str:
+        """What the op takes beside weights and scales."""
+        if self.mode in FLOATS:
+            return "channel_scale"
+        return "weight_sum" if self.op == "w8a8" else "zero_point"
+
     @functools.cached_property
     def packed(self) -> dict[str, Tensor | None]:
-        """Weights, scales, zero points (w8a8: sums) and biases in the kernel layout, by the op's
-        names."""
+        """Weights, scales, zero points (w8a8: sums, floats: scales of channels) and biases in the
+        kernel layout, by the op's names."""
         out: dict[str, Tensor | None] = {}
         for name, weights, k in (
             ("w13", self.w13, self.hidden),
             ("w2", self.w2, self.intermediate),
         ):
             gate_up = name == "w13" and self.activation.gated
-            third = "weight_sum" if self.op == "w8a8" else "zero_point"
             parts = [self._pack(weights, e, k, gate_up) for e in range(self.experts)]
-            weight, scale, zero = (torch.stack(part) for part in zip(*parts, strict=True))
+            weight, scale, *third = (torch.stack(part) for part in zip(*parts, strict=True))
+            channels = scale.shape[1]
             out |= {name: weight, f"{name}_scale": scale}
-            out[f"{name}_{third}"] = (
-                zero if self.op == "w8a8" or weights.zero_point is not None else None
+            out[f"{name}_{self.third}"] = (
+                third[0] if third else self._channels(weights.channel_scale, channels, gate_up)
             )
-            out[f"{name}_bias"] = self._bias(weights.bias, scale.shape[1], gate_up)
+            out[f"{name}_bias"] = self._channels(weights.bias, channels, gate_up)
         return out
 
-    def _pack(self, w: Experts, e: int, k: int, gate_up: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _pack(self, w: Experts, e: int, k: int, gate_up: bool) -> tuple[Tensor, ...]:
         namespace = torch.ops.vllm_plugin_tm
         codes, scale, zero_point, _ = w.arguments(e)
+        if self.mode in FLOATS:
+            return pack_floats(self.op, codes, scale, k, gate_up)
         if self.op == "w8a8":
             return namespace.w8a8_pack(codes, scale, gate_up)
         pack = namespace.w8a16_pack if self.op == "w8a16" else namespace.w4a16_pack
-        return pack(codes, scale, zero_point, k, w.bits, gate_up)
+        return pack(codes, scale, zero_point, k, w.bits, gate_up)[: 2 + (zero_point is not None)]
 
-    def _bias(self, bias: Tensor | None, channels: int, gate_up: bool) -> Tensor | None:
-        """float32 [E, channels] in the order of the packed channels, one by one."""
-        if bias is None:
+    def _channels(self, values: Tensor | None, channels: int, gate_up: bool) -> Tensor | None:
+        """Values [E, N] as float32 [E, channels] in the order of the packed channels, one by
+        one."""
+        if values is None:
             return None
         out = torch.zeros(self.experts, channels)
-        for n in range(bias.shape[1]):
-            half, at = divmod(n, bias.shape[1] // 2) if gate_up else (0, n)
+        for n in range(values.shape[1]):
+            half, at = divmod(n, values.shape[1] // 2) if gate_up else (0, n)
             tile = at // TILE_N * 2 + half if gate_up else at // TILE_N
-            out[:, tile * TILE_N + at % TILE_N] = bias[:, n].float()
+            out[:, tile * TILE_N + at % TILE_N] = values[:, n].float()
         return out
+
+    @property
+    def rounding(self) -> dict[str, Any]:
+        """What the oracle has to know of the mode."""
+        if self.op == "fp8":
+            return {"x_rounding": rounding_of(self.mode), "x_group_size": self.x_group_size}
+        return {"x_groups": self.mode == "w4a8_groups"}
 
     def arguments(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> dict[str, Any]:
         """The op's arguments by name, in order."""
-        third = "weight_sum" if self.op == "w8a8" else "zero_point"
         names = [
-            f"{w}{part}" for w in ("w13", "w2") for part in ("", "_scale", f"_{third}", "_bias")
+            f"{w}{part}"
+            for w in ("w13", "w2")
+            for part in ("", "_scale", f"_{self.third}", "_bias")
         ]
         arguments: dict[str, Any] = {"x": x, "topk_weights": topk_weights, "topk_ids": topk_ids}
         arguments |= {name: self.packed[name] for name in names}
@@ -113,6 +138,15 @@ class MoeLayer:
         arguments["expert_map"] = self.expert_map
         if self.op == "w4a8":
             arguments["x_groups"] = self.mode == "w4a8_groups"
+        if self.op == "fp8":
+            arguments |= {
+                "x_rounding": rounding_of(self.mode),
+                "w13_x_scale": self.w13.x_scale,
+                "w2_x_scale": self.w2.x_scale,
+                "x_group_size": self.x_group_size,
+            }
+        if self.op == "fp4":
+            arguments["scale_type"] = self.w13.scale_type
         return arguments
 
     @property
@@ -145,13 +179,16 @@ def make_moe(
     seed: int = 0,
     bits: int | None = None,
     scale_dtype: torch.dtype | None = None,
+    long_x_groups: bool = False,
 ) -> MoeLayer:
     """A random layer whose outputs are about 1 for x about 1; see linear_cases.make_layer, which
-    makes each expert's two products. Scales of another dtype are for w4a8 only."""
+    makes each expert's two products. Scales of another dtype are for w4a8 only. In fp8_group two
+    groups of weights may share a scale of x: the last one of an odd number has its own."""
     if mode not in INTEGER:
         scale_dtype = None
+    long_x_groups = long_x_groups and mode == "fp8_group" and shape.group > 0
 
-    def experts(n: int, k: int, first: int) -> Experts:
+    def experts(n: int, k: int, first: int, x_scale: float) -> Experts:
         sizes = (n, k, shape.group, dtype, asymmetric, bias)
         parts = [
             make_layer(mode, *sizes, seed=seed + first + e, bits=bits, scale_dtype=scale_dtype)
@@ -162,21 +199,49 @@ def make_moe(
             values = [getattr(part, name) for part in parts]
             return None if values[0] is None else torch.stack(values)
 
-        codes, scale = stacked("codes"), stacked("scale")
+        floats = isinstance(parts[0], FloatLayer)
+        codes, scale = stacked("weight" if floats else "codes"), stacked("scale")
+        channel_scale = stacked("channel_scale") if floats else None
         assert codes is not None
         assert scale is not None
-        # Larger scales: a product of two small numbers is smaller still.
-        return Experts(codes, scale * 2, stacked("zero_point"), stacked("bias"), parts[0].bits)
+        # Larger weights: a product of two small numbers is smaller still.
+        if channel_scale is not None:
+            channel_scale = channel_scale * 2
+        else:
+            scale = scale + 1 if mode == "fp4_mx" else scale * 2  # e8m0 is an exponent
+        return Experts(
+            codes,
+            scale,
+            None if floats else stacked("zero_point"),
+            stacked("bias"),
+            getattr(parts[0], "bits", 0),
+            channel_scale,
+            scale_type_of(mode) if mode in FP4 else "",
+            torch.tensor([x_scale]) if mode == "fp8_tensor" else None,
+        )
 
     halves = 2 if activation.gated else 1
     return MoeLayer(
         mode,
         shape.hidden,
         shape.intermediate,
-        experts(halves * shape.intermediate, shape.hidden, 0),
-        experts(shape.hidden, shape.intermediate, 1000),
+        experts(halves * shape.intermediate, shape.hidden, 0, X_SCALES[0]),
+        experts(shape.hidden, shape.intermediate, 1000, X_SCALES[1]),
         activation,
+        x_group_size=2 * shape.group if long_x_groups else -1,
     )
+
+
+def times(weights: Experts, factor: float, dtype: torch.dtype | None = None) -> Experts:
+    """All weights times `factor`, which those scales take that are not bytes; in their own dtype
+    or, for the oracle, another one."""
+    if weights.scale.dtype is not torch.uint8:
+        scale = weights.scale.to(dtype or weights.scale.dtype)
+        return replace(weights, scale=scale * factor)
+    channels = weights.channel_scale
+    if channels is None:
+        channels = torch.ones(weights.codes.shape[:2])
+    return replace(weights, channel_scale=channels.to(dtype or channels.dtype) * factor)
 
 
 def random_routing(
@@ -218,7 +283,7 @@ class Call:
         if (w13, w2) not in self._cache:
             layer = self.layer
             products = (
-                replace(weights, scale=weights.scale.double() * factor)
+                times(weights, factor, torch.float64)
                 for weights, factor in ((layer.w13, w13), (layer.w2, w2))
             )
             arguments = (
@@ -229,10 +294,10 @@ class Call:
                 *products,
                 layer.activation,
                 layer.expert_map,
-                layer.mode == "w4a8_groups",
             )
             self._cache[w13, w2] = Expected(
-                reference_moe.moe(*arguments), reference_moe.moe_tolerance(*arguments)
+                reference_moe.moe(*arguments, **layer.rounding),
+                reference_moe.moe_tolerance(*arguments, **layer.rounding),
             )
         return self._cache[w13, w2]
 

@@ -10,9 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from linear_cases import DTYPES, INTEGER, Expected, assert_right, make_x, pairwise
+from linear_cases import (
+    DTYPES,
+    FLOATS,
+    FP4,
+    FP8,
+    Expected,
+    assert_right,
+    make_x,
+    pairwise,
+)
 from moe_cases import (
     ACTIVATIONS,
+    INTEGER_SCHEMES,
+    KEPT_SCHEMES,
     ON_OWN_KERNELS,
     SCHEMES,
     Call,
@@ -28,7 +39,7 @@ pytestmark = [pytest.mark.usefixtures("extension"), pytest.mark.slow]
 
 # Hidden, intermediate, group; by the width of weights: one group and several, of one dword and of
 # an odd number of them, no whole tiles of channels, channels without whole dwords.
-SIZES = {
+SIZES: dict[int | str, tuple[tuple[int, int, int], ...]] = {
     4: (
         (40, 24, 8),
         (72, 104, 8),
@@ -49,6 +60,16 @@ SIZES = {
         (97, 41, -1),
         (37, 64, -1),
     ),
+    "float4": (  # whole dwords: a checkpoint has whole bytes
+        (40, 24, 8),
+        (72, 104, 8),
+        (72, 24, 24),
+        (96, 64, 32),
+        (136, 40, 8),
+        (136, 272, 136),
+        (104, 40, -1),
+        (40, 72, -1),
+    ),
 }
 TOKENS = (1, 2, 3, 5, 8, 17, 33, 64, 129)
 EXPERTS_AND_TOP_K = (
@@ -65,22 +86,34 @@ EXPERTS_AND_TOP_K = (
 )
 ROUTINGS = ("spread", "one", "few", "absent")
 
+AXES: dict[str, Any] = {
+    "size": range(8),
+    "experts": EXPERTS_AND_TOP_K,
+    "tokens": TOKENS,
+    "routing": ROUTINGS,
+    "view": MATRIX_VIEWS,
+    "bias": (False, True),
+}
 GRID = pairwise(
-    mode_and_dtype=[(mode, dtype) for mode in SCHEMES for dtype in DTYPES],
+    mode_and_dtype=[(mode, dtype) for mode in INTEGER_SCHEMES for dtype in DTYPES],
     activation=ACTIVATIONS,
-    size=range(8),
-    experts=EXPERTS_AND_TOP_K,
-    tokens=TOKENS,
-    routing=ROUTINGS,
-    view=MATRIX_VIEWS,
     asymmetric=(False, True),
-    bias=(False, True),
     scale_dtype=DTYPES,
+    **AXES,
+)
+# The same drivers and activations run weights that are floats: pairs are enough of what is theirs.
+GRID += pairwise(
+    mode_and_dtype=[(mode, dtype) for mode in FLOATS for dtype in DTYPES],
+    activation=(*ACTIVATIONS[:2], ACTIVATIONS[-1]),
+    long_x_groups=(False, True),
+    **{**AXES, "experts": EXPERTS_AND_TOP_K[2::3], "tokens": TOKENS[::2]},
 )
 
 
 def _size(case: dict[str, Any]) -> tuple[int, int, int]:
-    return SIZES[8 if "w8" in case["mode_and_dtype"][0] else 4][case["size"]]
+    mode, _ = case["mode_and_dtype"]
+    bits = "float4" if mode in FP4 else 8 if "w8" in mode or mode in FP8 else 4
+    return SIZES[bits][case["size"]]
 
 
 def _name(case: dict[str, Any]) -> str:
@@ -88,7 +121,8 @@ def _name(case: dict[str, Any]) -> str:
     (hidden, intermediate, group), (experts, top_k) = _size(case), case["experts"]
     return (
         f"{mode}-{case['activation'].name}-T{case['tokens']}-E{experts}-top{top_k}-H{hidden}"
-        f"-I{intermediate}-g{group}-{str(dtype)[6:]}{'-asym' if case['asymmetric'] else ''}"
+        f"-I{intermediate}-g{group}-{str(dtype)[6:]}"
+        f"{'-asym' if case.get('asymmetric') else ''}{'-long' if case.get('long_x_groups') else ''}"
         f"{'-bias' if case['bias'] else ''}-{case['routing']}{case['view'].__name__}"
     )
 
@@ -104,9 +138,10 @@ def _grid_call(index: int) -> Call:
         Shape(experts, hidden, intermediate, group),
         dtype,
         case["activation"],
-        case["asymmetric"],
+        case.get("asymmetric", False),
         case["bias"],
-        scale_dtype=case["scale_dtype"],
+        scale_dtype=case.get("scale_dtype"),
+        long_x_groups=case.get("long_x_groups", False),
     )
     return make_call(layer, case["tokens"], top_k, dtype, case["routing"], case["view"])
 
@@ -145,6 +180,8 @@ REAL = [
     for intermediate, group, asymmetric in (
         [(192, -1, False)]
         if mode == "w8a8"
+        else [(192, 32, True), (192, 64, False)]
+        if mode in FLOATS
         else [(192, 32, True), (192, 64, False), (256, 128, True), (192, -1, False)]
     )
 ]
@@ -234,7 +271,7 @@ def _part_of(layer: MoeLayer, chosen: list[int]) -> MoeLayer:
     """A rank that holds these experts of the layer, in this order."""
 
     def pick(weights: Any) -> Any:
-        fields = ("codes", "scale", "zero_point", "bias")
+        fields = ("codes", "scale", "zero_point", "bias", "channel_scale")
         parts = {name: getattr(weights, name) for name in fields}
         return dataclasses.replace(
             weights, **{name: t if t is None else t[chosen] for name, t in parts.items()}
@@ -326,7 +363,8 @@ def test_every_element_of_the_output_is_written(isa: str, mode: str) -> None:
 
 
 # csrc/cpu/moe.h: kMoeScratchBytes. What lies between the products of all pairs alone, one value of
-# 2 bytes (integer schemes: 4) for each pair and channel, takes more here: the call must cut tokens.
+# 2 bytes (where it will be rounded: 4) for each pair and channel, takes more here: the call must
+# cut tokens.
 SCRATCH_BYTES = 64 * 2**20
 MANY_TOKENS, MANY_EXPERTS, MANY_TOP_K, MANY_INTERMEDIATE = 2500, 3, 32, 512
 
@@ -346,7 +384,7 @@ def _many_tokens(mode: str) -> Call:
 def test_more_tokens_than_scratch_memory_holds(isa: str, mode: str) -> None:
     """Cut somewhere inside or between two calls: the same bits."""
     call = _many_tokens(mode)
-    size = 4 if mode in INTEGER else 2
+    size = 2 if mode in KEPT_SCHEMES else 4
     assert call.topk_ids.numel() * MANY_INTERMEDIATE * size > SCRATCH_BYTES
     y = call()
     arguments = (call.x, call.topk_weights, call.topk_ids)
@@ -372,6 +410,22 @@ before = peak()
 y = call()
 print(peak() - before - y.nbytes)
 """
+
+
+@pytest.mark.parametrize("mode", FP8)
+def test_scales_of_channels_beside_those_of_bytes(isa: str, mode: str) -> None:
+    """Powers of two may stand on either side, for each channel and expert: the same bits. Scales of
+    one group are packed in the order of channels."""
+    layer = make_moe(mode, Shape(6, 72, 40, -1), torch.bfloat16, ACTIVATIONS[1], bias=True)
+    call = make_call(layer, 33, 3, torch.bfloat16)
+    arguments = call.layer.arguments(call.x, call.topk_weights, call.topk_ids)
+    generator = torch.Generator().manual_seed(4)
+    for name in ("w13", "w2"):
+        scale = arguments[f"{name}_scale"]
+        factor = 2.0 ** torch.randint(-3, 4, scale.shape[:2], generator=generator)
+        arguments[f"{name}_channel_scale"] = factor
+        arguments[f"{name}_scale"] = scale / factor.unsqueeze(-1)
+    assert torch.equal(call.layer.moe(**arguments), call())
 
 
 @pytest.mark.parametrize("mode", ["w4a16", pytest.param("w8a8", marks=pytest.mark.slow)])

@@ -13,7 +13,9 @@ pytestmark = pytest.mark.usefixtures("extension")
 
 # 3 experts of 40 channels (48 with padding) with 5 groups, and 24 (32; 64 for gate and up) with 3.
 SHAPE = Shape(experts=3, hidden=40, intermediate=24, group=8)
-OPS = {"w4a16": 4, "w8a16": 8, "w4a8": 4, "w8a8": 8}  # and their weights' bits
+OPS = {"w4a16": 4, "w8a16": 8, "w4a8": 4, "w8a8": 8, "fp8": 8, "fp4": 4}  # and weights' bits
+MODES = {"fp8": "fp8_tensor", "fp4": "fp4_nv"}  # with all arguments; else the op's name
+SCALE_DTYPES = {"fp4": "Byte"}  # else Float is among the good ones
 GROUPED = ("w4a16", "w8a16", "w4a8")
 TOKENS, TOP_K = 4, 2
 
@@ -29,7 +31,7 @@ def _call(mode: str, dtype: torch.dtype = torch.bfloat16, activation: int = 0) -
 def _moe(op: str, **changes: Any) -> torch.Tensor:
     """The op on a good layer whose expert map names experts 0, 1 and 2, with some arguments
     replaced."""
-    call = _call(op)
+    call = _call(MODES.get(op, op))
     arguments = call.layer.arguments(call.x, call.topk_weights, call.topk_ids)
     arguments["expert_map"] = torch.arange(3, dtype=torch.int32)
     for name, change in changes.items():
@@ -70,7 +72,7 @@ def _product_errors(name: str, op: str, channels: int, k: int) -> list[Row]:
             f"[3, {channels * groups}]",
         ),
         (f"{name}_scale", lambda s: s[..., :0], "[experts, N, groups]", f"[3, {channels}, 0]"),
-        (f"{name}_scale", lambda s: s.double(), "Float", "Double"),
+        (f"{name}_scale", lambda s: s.double(), SCALE_DTYPES.get(op, "Float"), "Double"),
         (f"{name}_bias", lambda b: b.bfloat16(), "Float", "BFloat16"),
         (
             f"{name}_bias",
@@ -115,6 +117,42 @@ def _sum_errors(name: str, channels: int) -> list[Row]:
     ]
 
 
+def _float_errors(name: str, op: str, channels: int, k: int) -> list[Row]:
+    third, scale, good = f"{name}_channel_scale", f"{name}_scale", f"[3, {channels}]"
+    count = 7 if op == "fp8" else 2  # of k = 40 or 24: no whole numbers, or no whole dwords
+    rows: list[Row] = [
+        (
+            scale,
+            lambda s: s[..., :1].expand(-1, -1, count).contiguous(),
+            f"K = {k}",
+            f"{count} groups",
+        ),
+        (third, torch.ones(3, channels - 1), good, f"[3, {channels - 1}]"),
+        (third, torch.ones(channels), good, f"[{channels}]"),
+        (third, torch.ones(3, channels).double(), "Float", "Double"),
+        (third, torch.ones(3, 2 * channels)[:, ::2], "contiguous", third),
+    ]
+    if op == "fp4":
+        return [*rows, (scale, lambda s: s.view(torch.int8), "Byte", "Char")]
+    x_scale = f"{name}_x_scale"
+    return [
+        *rows,
+        (scale, lambda s: s.bfloat16(), "Float", "BFloat16"),
+        (x_scale, None, "expected one where x_rounding is 'tensor'", "x_rounding is 'tensor'"),
+        (x_scale, torch.ones(2), "[1]", "[2]"),
+        (x_scale, torch.tensor(1.0), "[1]", "[]"),
+        (x_scale, lambda s: s.double(), "Float", "Double"),
+    ]
+
+
+_FP8_ERRORS: list[Row] = [
+    ("x_rounding", "row", "none, token, group or tensor", "given 'row'"),
+    ("x_rounding", "", "none, token, group or tensor", "given ''"),
+    ("x_group_size", 0, "-1 or more than 0", "given 0"),
+    ("x_group_size", -2, "-1 or more than 0", "given -2"),
+]
+
+
 def _errors(op: str) -> list[Row]:
     least = -(2**63)
     rows: list[Row] = [
@@ -156,8 +194,12 @@ def _errors(op: str) -> list[Row]:
     for name, channels, k in (("w13", 64, 40), ("w2", 48, 24)):
         rows += _sum_errors(name, channels) if op == "w8a8" else []
         rows += _grouped_errors(name, op, channels, k) if op in GROUPED else []
+        rows += _float_errors(name, op, channels, k) if op.startswith("fp") else []
         if op.endswith("a16"):
             rows.append((f"{name}_scale", lambda s: s.half(), "BFloat16", "Half"))
+    rows += _FP8_ERRORS if op == "fp8" else []
+    if op == "fp4":
+        rows.append(("scale_type", "float", "e8m0 or e4m3", "given 'float'"))
     if op == "w4a8":  # scales of any dtype, but of one
         rows.append(("w2_scale", lambda s: s.half(), "BFloat16", "Half"))
     return rows
@@ -189,13 +231,41 @@ def test_refuses(op: str, row: Row) -> None:
     assert "xpected" in message
 
 
-@pytest.mark.parametrize("op", GROUPED)
+@pytest.mark.parametrize("rounding", ["none", "token", "group"])
+@pytest.mark.parametrize("argument", ["w13_x_scale", "w2_x_scale"])
+def test_a_scale_of_x_is_for_tensors_alone(argument: str, rounding: str) -> None:
+    """One that is given beside another rounding would be dropped."""
+    changes: dict[str, Any] = {"w13_x_scale": None, "w2_x_scale": None, "x_rounding": rounding}
+    _moe("fp8", **changes)
+    with pytest.raises(
+        RuntimeError, match=rf"fp8_moe: argument '{argument}'.*none else.*{rounding}"
+    ):
+        _moe("fp8", **(changes | {argument: torch.ones(1)}))
+
+
+def test_groups_of_x_are_whole_groups_of_weights() -> None:
+    """Of both products: the weights' groups are 8 of 40 and 24, or with one group all 40."""
+    changes = {"w13_x_scale": None, "w2_x_scale": None, "x_rounding": "group"}
+    for size in (-1, 8, 16, 40):
+        assert _moe("fp8", **changes, x_group_size=size).isfinite().all()
+    one_group = {"w13_scale": lambda s: s[..., :1].contiguous()}
+    for size, more in ((4, {}), (12, {}), (24, one_group)):
+        with pytest.raises(RuntimeError, match=rf"fp8_moe: argument 'x_group_size'.*given {size}"):
+            _moe("fp8", **changes, **more, x_group_size=size)
+
+
+@pytest.mark.parametrize("op", [*GROUPED, "fp8", "fp4"])
 def test_intermediate_size_is_held_to_groups(op: str) -> None:
     """A size that the packed shapes allow, as they are padded, but that groups do not divide."""
     with pytest.raises(RuntimeError, match=rf"{op}_moe: argument 'w2_scale': expected K = 22 .*3"):
         _moe(op, intermediate_size=22)
 
 
+_THIRDS = {
+    "w8a8": ("_weight_sum",),
+    "fp8": ("_x_scale",),  # that of channels is not given
+    "fp4": ("_channel_scale",),
+}
 _TENSORS = [
     (op, name)
     for op in OPS
@@ -204,7 +274,7 @@ _TENSORS = [
         *(
             f"{w}{part}"
             for w in ("w13", "w2")
-            for part in ("", "_scale", "_weight_sum" if op == "w8a8" else "_zero_point", "_bias")
+            for part in ("", "_scale", *_THIRDS.get(op, ("_zero_point",)), "_bias")
         ),
     )
 ]
@@ -266,6 +336,7 @@ def test_fake_has_the_real_metadata(mode: str) -> None:
 @pytest.mark.parametrize("mode", SCHEMES)
 def test_compile_without_a_graph_break(mode: str) -> None:
     """fullgraph with a dynamic number of tokens: one graph serves them all, with the same bits."""
+    torch._dynamo.reset()  # or the graphs of all modes count against the limit of one function
     layer = _call(mode).layer
     arguments = layer.arguments(*torch.empty(3, 0))
     rest = list(arguments.values())[3:]

@@ -6,8 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from linear_cases import DTYPES, KEPT, pairwise
-from moe_cases import ACTIVATIONS, ON_OWN_KERNELS, SCHEMES, Call, Shape, make_call, make_moe
+from linear_cases import DTYPES, FLOATS, FP4, KEPT, pairwise
+from moe_cases import (
+    ACTIVATIONS,
+    INTEGER_SCHEMES,
+    ON_OWN_KERNELS,
+    SCHEMES,
+    Call,
+    Shape,
+    make_call,
+    make_moe,
+)
 from x_views import MATRIX_VIEWS
 
 from vllm_plugin_tm.kernels import ops
@@ -22,12 +31,17 @@ TOKENS = max(BATCHES)
 
 def _grid(mode: str) -> list[dict[str, Any]]:
     return pairwise(
-        size=((40, 24, 8), (96, 136, 8), (160, 96, 32), (36, 33, -1)),
+        size=(
+            (40, 24, 8),
+            (96, 136, 8),
+            (160, 96, 32),
+            (40, 24, -1) if mode in FP4 else (36, 33, -1),
+        ),
         experts=((1, 1), (5, 3), (9, 4)),
         dtype=DTYPES,
         activation=(ACTIVATIONS[1], ACTIVATIONS[-1]),
         routing=("spread", "one", "absent"),
-        asymmetric=(False,) if mode == "w8a8" else (False, True),
+        asymmetric=(False,) if mode == "w8a8" or mode in FLOATS else (False, True),
     )
 
 
@@ -48,6 +62,7 @@ def _call(mode: str, case: dict[str, Any]) -> Call:
         case["activation"],
         case["asymmetric"],
         bias=True,
+        long_x_groups=case["routing"] == "spread",
     )
     return make_call(layer, TOKENS, top_k, case["dtype"], case["routing"])
 
@@ -154,7 +169,7 @@ def test_two_python_threads_at_once(isa: str) -> None:
     """Re-entrant: calls of different ops and shapes at the same time give what they give alone."""
     jobs = []
     for seed, mode in enumerate((*SCHEMES, *SCHEMES[:3])):
-        dtype, tokens = DTYPES[seed % 3], (1, 40, 3, 200, 9, 2, 33, 5)[seed]
+        dtype, tokens = DTYPES[seed % 3], (1, 40, 3, 200, 9, 2, 33, 5)[seed % 8]
         shape = Shape(5 + seed, 96 + 8 * seed, 64, 8)
         activation = ACTIVATIONS[seed % len(ACTIVATIONS)]
         layer = make_moe(mode, shape, dtype, activation, asymmetric=bool(seed % 2), seed=seed)
@@ -175,9 +190,9 @@ def test_two_python_threads_at_once(isa: str) -> None:
 @pytest.mark.parametrize(
     ("isa", "twin", "modes"),
     [
-        ("avx512vnni", "avx512", KEPT),
-        ("avxvnni", "avx2", KEPT),
-        ("avx512bf16", "avx512vnni", tuple(mode for mode in SCHEMES if mode not in KEPT)),
+        ("avx512vnni", "avx512", KEPT + FLOATS),
+        ("avxvnni", "avx2", KEPT + FLOATS),
+        ("avx512bf16", "avx512vnni", tuple(m for m in INTEGER_SCHEMES if m not in KEPT)),
     ],
     indirect=["isa"],
 )

@@ -8,10 +8,22 @@ from collections.abc import Callable
 import pytest
 import torch
 from linear_cases import DTYPES, KEPT, make_x
-from moe_cases import ACTIVATIONS, SCHEMES, Activation, Call, Shape, make_call, make_moe
+from moe_cases import (
+    ACTIVATIONS,
+    INTEGER_SCHEMES,
+    KEPT_SCHEMES,
+    SCHEMES,
+    X_SCALES,
+    Activation,
+    Call,
+    MoeLayer,
+    Shape,
+    make_call,
+    make_moe,
+)
 from torch import Tensor
 
-from vllm_plugin_tm.kernels import reference
+from vllm_plugin_tm.kernels import reference, reference_float
 from vllm_plugin_tm.kernels.reference_moe import Experts
 
 SHAPE = Shape(experts=4, hidden=72, intermediate=40, group=8)
@@ -22,8 +34,14 @@ def _call(mode: str, dtype: torch.dtype, activation: Activation = ACTIVATIONS[0]
     return make_call(layer, 21, 3, dtype, "absent")
 
 
-def _matrix(weights: Experts, expert: int, k: int) -> Tensor:
+def _matrix(layer: MoeLayer, weights: Experts, expert: int, k: int) -> Tensor:
     codes, scale, zero_point, _ = weights.arguments(expert)
+    if layer.op == "fp8":
+        return reference_float.dequantize_fp8(codes, scale)
+    if layer.op == "fp4":
+        channels = weights.channel_scale
+        channels = None if channels is None else channels[expert]
+        return reference_float.dequantize_fp4(codes, scale, weights.scale_type, channels)
     return reference.dequantize(codes, scale, zero_point, k, weights.bits)
 
 
@@ -39,9 +57,10 @@ def _plain(
             assert layer.w13.bias is not None
             assert layer.w2.bias is not None
             x = of_x(call.x[token]).double()
-            first = _matrix(layer.w13, expert, layer.hidden) @ x + layer.w13.bias[expert].double()
+            first = _matrix(layer, layer.w13, expert, layer.hidden) @ x
+            first += layer.w13.bias[expert].double()
             h = of_h(layer.activation(first)).double()
-            down = _matrix(layer.w2, expert, layer.intermediate) @ h
+            down = _matrix(layer, layer.w2, expert, layer.intermediate) @ h
             weight = float(call.topk_weights[token, slot])
             y[token] += weight * (down + layer.w2.bias[expert].double())
     return y
@@ -58,8 +77,26 @@ def _int8(groups: int) -> Callable[[Tensor], Tensor]:
     return fake_quantize
 
 
+def _e4m3(
+    group: int, scale: float | None = None, divided: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """Rounding to e4m3 in float32, 448 being the largest value of a group, or by a given scale;
+    and back. Values are divided by their scale, or multiplied by its reciprocal."""
+
+    def fake_quantize(values: Tensor) -> Tensor:
+        parts = []
+        for part in values.float().split(group):
+            step = part.abs().max() / 448 if scale is None else torch.tensor(scale)
+            scaled = part / step if divided else part * (1 / step)
+            codes = scaled.clamp(-448, 448).to(torch.float8_e4m3fn)
+            parts.append(codes.double() * step.double())
+        return torch.cat(parts)
+
+    return fake_quantize
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: f"{a.name}-{a.limit}")
-@pytest.mark.parametrize("mode", KEPT)
+@pytest.mark.parametrize("mode", KEPT_SCHEMES)
 def test_kept_activations(mode: str, activation: Activation) -> None:
     """Of float32 nothing is rounded worth the name; of 16 bits h is, once."""
     call = _call(mode, torch.float32, activation)
@@ -72,13 +109,37 @@ def test_kept_activations(mode: str, activation: Activation) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mode", [mode for mode in SCHEMES if mode not in KEPT])
+@pytest.mark.parametrize("mode", [mode for mode in INTEGER_SCHEMES if mode not in KEPT])
 def test_integer_activations(mode: str, dtype: torch.dtype) -> None:
     """x and h are rounded to int8, row by row or group by group, h straight from float32."""
     call = _call(mode, dtype)
     x_groups, h_groups = (72 // 8, 40 // 8) if mode == "w4a8_groups" else (1, 1)
     want = _plain(call, _int8(x_groups), _int8(h_groups))
     torch.testing.assert_close(call.expected().y, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("mode", "of_x", "of_h"),
+    [
+        ("fp8_token", _e4m3(72), _e4m3(40)),
+        ("fp8_group", _e4m3(8, divided=True), _e4m3(8, divided=True)),
+        ("fp8_group-long", _e4m3(16, divided=True), _e4m3(16, divided=True)),
+        ("fp8_tensor", _e4m3(72, X_SCALES[0]), _e4m3(40, X_SCALES[1])),
+    ],
+)
+def test_e4m3_activations(
+    mode: str,
+    of_x: Callable[[Tensor], Tensor],
+    of_h: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """x and h are rounded to e4m3, row by row, group by group, the last of them a shorter one, or
+    by the scale of their product; h straight from float32."""
+    mode, _, long = mode.partition("-")
+    layer = make_moe(mode, SHAPE, dtype, bias=True, long_x_groups=bool(long))
+    call = make_call(layer, 21, 3, dtype, "absent")
+    torch.testing.assert_close(call.expected().y, _plain(call, of_x, of_h), rtol=1e-9, atol=1e-9)
 
 
 _G, _U = torch.linspace(-6, 6, 49, dtype=torch.float64), torch.linspace(5, -5, 49).double()
@@ -142,7 +203,8 @@ def test_experts_that_are_elsewhere_add_nothing() -> None:
 _KEPT_BOUNDS = {torch.bfloat16: 0.005, torch.float16: 0.001, torch.float32: 4e-4}
 # The largest value of a row or group is at code -127.5 where it is negative: a tie, so the code is
 # -128 or -127 by the last bit of float32. That is 1/127.5 of the value that counts most; in groups
-# of 8 one value of 16 is such a one.
+# of 8 one value of 16 is such a one. In e4m3 it is at code 448; ties elsewhere are rare, but a
+# rounding more or less is 1/16 of its value.
 _TIES = 0.014
 
 
@@ -152,17 +214,40 @@ def test_the_tolerance_is_small(mode: str, dtype: torch.dtype) -> None:
     """Small beside the values, and no less than one rounding of the output."""
     for activation in ACTIVATIONS:
         want = _call(mode, dtype, activation).expected()
-        bound = _KEPT_BOUNDS[dtype] + (0 if mode in KEPT else _TIES)
+        bound = _KEPT_BOUNDS[dtype] + (0 if mode in KEPT_SCHEMES else _TIES)
         assert want.allowed.norm() < bound * want.y.norm()
         assert (want.allowed >= torch.finfo(dtype).eps / 2 * want.y.abs()).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mode", [mode for mode in SCHEMES if mode not in KEPT])
+@pytest.mark.parametrize("mode", [mode for mode in INTEGER_SCHEMES if mode not in KEPT])
 def test_the_tolerance_without_ties_is_smaller_still(mode: str, dtype: torch.dtype) -> None:
     """Where no largest h is negative, integers have the bound of a linear layer."""
     want = _call(mode, dtype, Activation("relu2_no_mul")).expected()
     assert want.allowed.norm() < (torch.finfo(dtype).eps / 2 + 1e-4) * want.y.norm()
+
+
+@pytest.mark.parametrize("mode", ["fp8_token", "fp8_group", "fp8_tensor"])
+def test_the_tolerance_covers_either_rounding_of_e4m3(mode: str) -> None:
+    """Values at and beside ties, halfway between two e4m3, and what an error of them makes of the
+    scale: every rounding of what is within the error is within the bound, which is little more."""
+    layer = make_moe(mode, SHAPE, torch.float32)
+    ties = torch.tensor([448.0, 104, 9.25, -13.5, 0.0, 17, 2.0**-10, -300])
+    x_scale = layer.w2.x_scale
+    x = (ties if x_scale is None else ties * x_scale.double()).repeat(5).double()
+    rounding = (mode.partition("_")[2], x_scale, 8)
+    want = reference_float.round_x(x, *rounding)
+    want_x = want.values.double() * want.scale.double()
+    generator = torch.Generator().manual_seed(1)
+    for size in (0.0, 1e-7, 1e-3):
+        off = size * x.abs()
+        allowed = reference_float.rounded_x_tolerance(x, off, *rounding)
+        assert (allowed <= (1 / 8 + 4 * size + 1e-6) * x.abs() + 2.0**-8).all()
+        for _ in range(50):
+            other = x + off * (2 * torch.rand(40, generator=generator).double() - 1)
+            rounded = reference_float.round_x(other, *rounding)
+            error = (rounded.values.double() * rounded.scale.double() - want_x).abs()
+            assert (error <= allowed).all()
 
 
 @pytest.mark.parametrize("mode", SCHEMES)

@@ -42,14 +42,37 @@ def round_x(
         assert x_scale is not None
         scale = x_scale.float().expand(x.shape)
     else:
-        k = x.shape[-1]
-        width = k if rounding == "token" or group_size == -1 else group_size
-        padded = torch.nn.functional.pad(x, (0, -k % width)).unflatten(-1, (-1, width))
-        scale = (padded.abs().amax(-1, keepdim=True) / E4M3_MOST).clamp(min=LEAST_SCALE)
-        scale = scale.expand(padded.shape).flatten(-2)[..., :k]
+        scale = (_largest(x.abs(), rounding, group_size) / E4M3_MOST).clamp(min=LEAST_SCALE)
     scaled = x / scale if rounding == "group" else x * scale.reciprocal()
     values = scaled.clamp(-E4M3_MOST, E4M3_MOST).to(torch.float8_e4m3fn).float()
     return Rounded(values, scale)
+
+
+def _largest(x: Tensor, rounding: str, group_size: int) -> Tensor:
+    """For each element of x [..., K] the largest one of its row, or in "group" of its group."""
+    k = x.shape[-1]
+    width = k if rounding == "token" or group_size == -1 else group_size
+    groups = torch.nn.functional.pad(x, (0, -k % width)).unflatten(-1, (-1, width))
+    return groups.amax(-1, keepdim=True).expand(groups.shape).flatten(-2)[..., :k]
+
+
+def rounded_x_tolerance(
+    x: Tensor, off: Tensor, rounding: str, x_scale: Tensor | None = None, group_size: int = -1
+) -> Tensor:
+    """How far a right kernel's rounded x may be from `round_x` of float64 x [..., K], where its x
+    may be off by `off` [..., K]: of two roundings that this makes possible either is right."""
+    scale = round_x(x, rounding, x_scale, group_size).scale.double()
+    scale_off = torch.full_like(x, 4 * FP32_UNIT)
+    if rounding != "tensor":
+        # The scale moves with the largest value, and every quotient with it.
+        largest = _largest(x.abs(), rounding, group_size).clamp(min=LEAST_SCALE * E4M3_MOST)
+        scale_off += _largest(off, rounding, group_size) / largest
+    wide = off + x.abs() * scale_off
+    low, high = (
+        ((x + d) / scale).clamp(-E4M3_MOST, E4M3_MOST).to(torch.float8_e4m3fn).double()
+        for d in (-wide, wide)
+    )
+    return (high - low + torch.maximum(low.abs(), high.abs()) * scale_off) * scale
 
 
 def dequantize_fp8(weight: Tensor, scale: Tensor) -> Tensor:

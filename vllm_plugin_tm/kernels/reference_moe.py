@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_plugin_tm.kernels import moe_activation, reference, reference_int8
+from vllm_plugin_tm.kernels import moe_activation, reference, reference_float, reference_int8
 from vllm_plugin_tm.kernels.reference import FP32_UNIT
 
 # What the kernels' elementary functions may be off by, in float32 units in the last place: a few
@@ -55,19 +55,96 @@ class Activation(moe_activation.Activation):
 
 @dataclass(frozen=True)
 class Experts:
-    """One product's weights for all experts, as a checkpoint holds them: `reference.dequantize`
-    says what each [E, ...] entry is. Gated w13 has I gate rows, then I up rows. bias [E, N]."""
+    """One product's weights for all experts, as a checkpoint holds them: `reference.dequantize`, or
+    for floats `reference_float`, says what each [E, ...] entry is. Gated w13 has I gate rows, then
+    I up rows. bias [E, N]; x_scale [1] is that of the product's activations where they have one."""
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None = None
     bias: Tensor | None = None
     bits: int = 4
+    channel_scale: Tensor | None = None
+    scale_type: str = "e8m0"
+    x_scale: Tensor | None = None
 
     def arguments(self, expert: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Codes, scale, zero point and bias of one expert."""
-        of = [None if t is None else t[expert] for t in (self.zero_point, self.bias)]
-        return self.codes[expert], self.scale[expert], of[0], of[1]
+        zero_point, bias = _of(self.zero_point, expert), _of(self.bias, expert)
+        return self.codes[expert], self.scale[expert], zero_point, bias
+
+
+@dataclass(frozen=True)
+class _Scheme:
+    """What both products have in common: the form of their weights, the rounding of their
+    activations."""
+
+    name: str
+    x_groups: bool
+    x_rounding: str
+    x_group_size: int
+
+    @property
+    def keeps_activations(self) -> bool:
+        if self.name.startswith("fp"):
+            return self.x_rounding == "none"
+        return self.name.endswith("a16")
+
+    def matrix(self, experts: Experts, expert: int, k: int) -> Tensor:
+        """One expert's real weights, float64 [N, K]."""
+        codes, scale, zero_point, _ = experts.arguments(expert)
+        if self.name == "fp8":
+            return reference_float.dequantize_fp8(codes, scale)
+        if self.name == "fp4":
+            scales = (scale, experts.scale_type, _of(experts.channel_scale, expert))
+            return reference_float.dequantize_fp4(codes, *scales)
+        return reference.dequantize(codes, scale, zero_point, k, experts.bits)
+
+    def product(self, x: Tensor, experts: Experts, expert: int) -> tuple[Tensor, Tensor]:
+        """A product with one expert's weights, float64, and its tolerance in float32."""
+        codes, scale, zero_point, bias = experts.arguments(expert)
+        if self.name == "fp8":
+            eight = (x, codes, scale, bias, self.x_rounding, experts.x_scale, self.x_group_size)
+            return reference_float.fp8_linear(*eight), reference_float.fp8_tolerance(*eight)
+        if self.name == "fp4":
+            channels = _of(experts.channel_scale, expert)
+            four = (x, codes, scale, channels, bias, experts.scale_type)
+            return reference_float.fp4_linear(*four), reference_float.fp4_tolerance(*four)
+        if self.keeps_activations:
+            kept = (x, codes, scale, zero_point, bias, experts.bits)
+            return reference.w4a16_linear(*kept), reference.w4a16_tolerance(*kept)
+        if self.name == "w4a8":
+            more = (x, codes, scale, zero_point, bias, self.x_groups, experts.bits)
+            return reference_int8.w4a8_linear(*more), reference_int8.w4a8_tolerance(*more)
+        return (
+            reference_int8.w8a8_linear(x, codes, scale, bias),
+            reference_int8.w8a8_tolerance(x, codes, scale, bias),
+        )
+
+    def moved(self, h: Tensor, off: Tensor, dtype: torch.dtype, w2: Experts) -> Tensor:
+        """How far the rounded h may be from the oracle's rounding of it, float64."""
+        if self.keeps_activations:
+            return ((h + off).to(dtype).double() - (h - off).to(dtype).double()).abs()
+        if self.name == "fp8":
+            width = h.shape[-1] // w2.scale.shape[-1]
+            group_size = width if self.x_group_size == -1 else self.x_group_size
+            rounding = (self.x_rounding, w2.x_scale, group_size)
+            return reference_float.rounded_x_tolerance(h, off, *rounding)
+        groups = w2.scale.shape[-1] if self.x_groups else 1
+        x = h.unflatten(-1, (groups, -1))
+        off = off.unflatten(-1, (groups, -1))
+        quantized = reference_int8.quantize_x(h.float(), groups=groups)
+        scale = quantized.scale.double()
+        # The scale moves with the largest value, and every quotient with it.
+        largest = x.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        wide = off + x.abs() * (off.amax(-1, keepdim=True) / largest + 4 * FP32_UNIT)
+        codes = [((x + d) / scale).clamp(-128, 127).round() for d in (wide, -wide)]
+        scale_moved = x.abs() * (wide.amax(-1, keepdim=True) / largest)
+        return ((codes[0] - codes[1]).abs() * scale + scale_moved).flatten(-2)
+
+
+def _of(tensor: Tensor | None, expert: int) -> Tensor | None:
+    return None if tensor is None else tensor[expert]
 
 
 @dataclass(frozen=True)
@@ -89,18 +166,20 @@ def moe(
     activation: Activation,
     expert_map: Tensor | None = None,
     x_groups: bool = False,
+    x_rounding: str = "none",
+    x_group_size: int = -1,
 ) -> Tensor:
     """y [T, H] float64: for each token the sum over its experts of weight * down(h).
 
-    `scheme` is "w4a16", "w8a16", "w4a8" or "w8a8"; x [T, H]; topk_weights and topk_ids [T, top_k].
-    An id -1, or one that expert_map [global experts] maps to -1, is an expert that is elsewhere.
-    h = activation(first product) is rounded once: to x's dtype, or to int8 as
-    `reference_int8.quantize_x` does from float32.
+    `scheme` is "w4a16", "w8a16", "w4a8", "w8a8", "fp8" or "fp4"; x [T, H]; topk_weights and
+    topk_ids [T, top_k]. An id -1, or one that expert_map [global experts] maps to -1, is an expert
+    that is elsewhere. h = activation(first product) is rounded once: to x's dtype, or from float32
+    to int8 as `reference_int8.quantize_x` does it, for fp8 to e4m3 as `reference_float.round_x`
+    does it with x_rounding and x_group_size, -1 for the size of each product's own groups.
     """
     y = torch.zeros(x.shape, dtype=torch.float64)
-    for share in _shares(
-        scheme, x, topk_weights, topk_ids, w13, w2, activation, expert_map, x_groups
-    ):
+    how = _Scheme(scheme, x_groups, x_rounding, x_group_size)
+    for share in _shares(how, x, topk_weights, topk_ids, w13, w2, activation, expert_map):
         y.index_add_(0, share.tokens, share.y)
     return y
 
@@ -115,6 +194,8 @@ def moe_tolerance(
     activation: Activation,
     expert_map: Tensor | None = None,
     x_groups: bool = False,
+    x_rounding: str = "none",
+    x_group_size: int = -1,
 ) -> Tensor:
     """How far a right kernel may be from `moe`: same arguments, float64 [T, H].
 
@@ -125,9 +206,8 @@ def moe_tolerance(
     """
     y, magnitude = torch.zeros(2, *x.shape, dtype=torch.float64)
     total = torch.zeros_like(y)
-    for share in _shares(
-        scheme, x, topk_weights, topk_ids, w13, w2, activation, expert_map, x_groups
-    ):
+    how = _Scheme(scheme, x_groups, x_rounding, x_group_size)
+    for share in _shares(how, x, topk_weights, topk_ids, w13, w2, activation, expert_map):
         y.index_add_(0, share.tokens, share.y)
         magnitude.index_add_(0, share.tokens, share.y.abs())
         total.index_add_(0, share.tokens, share.tolerance)
@@ -137,7 +217,7 @@ def moe_tolerance(
 
 
 def _shares(
-    scheme: str,
+    scheme: _Scheme,
     x: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
@@ -145,7 +225,6 @@ def _shares(
     w2: Experts,
     activation: Activation,
     expert_map: Tensor | None,
-    x_groups: bool,
 ) -> Iterator[_Share]:
     local = topk_ids.long()
     if expert_map is not None:
@@ -155,40 +234,14 @@ def _shares(
         if len(tokens) == 0:
             continue
         # float32 holds every x exactly, and says that the product's result is float32.
-        first, off = _product(scheme, x[tokens].float(), w13, expert, x_groups)
+        first, off = scheme.product(x[tokens].float(), w13, expert)
         exact, h_off = _activated(activation, first, off)
-        h = (
-            exact.float()
-            if x.dtype == torch.float32 or not scheme.endswith("a16")
-            else exact.to(x.dtype)
-        )
-        y, tolerance = _product(scheme, h.float(), w2, expert, x_groups)
-        weights = (
-            w2.codes[expert],
-            w2.scale[expert],
-            None if w2.zero_point is None else w2.zero_point[expert],
-        )
-        matrix = reference.dequantize(*weights, h.shape[1], w2.bits).abs()
-        tolerance = tolerance + _moved(scheme, exact, h_off, h.dtype, w2, x_groups) @ matrix.T
+        h = exact.to(x.dtype if scheme.keeps_activations else torch.float32)
+        y, tolerance = scheme.product(h.float(), w2, expert)
+        matrix = scheme.matrix(w2, expert, h.shape[1]).abs()
+        tolerance = tolerance + scheme.moved(exact, h_off, h.dtype, w2) @ matrix.T
         weight = topk_weights[tokens, slots].double().unsqueeze(1)
         yield _Share(tokens, weight * y, weight.abs() * tolerance)
-
-
-def _product(
-    scheme: str, x: Tensor, experts: Experts, expert: int, x_groups: bool
-) -> tuple[Tensor, Tensor]:
-    """A product with one expert's weights, float64, and its tolerance in float32."""
-    codes, scale, zero_point, bias = experts.arguments(expert)
-    if scheme.endswith("a16"):
-        arguments = (x, codes, scale, zero_point, bias, experts.bits)
-        return reference.w4a16_linear(*arguments), reference.w4a16_tolerance(*arguments)
-    if scheme == "w4a8":
-        more = (x, codes, scale, zero_point, bias, x_groups, experts.bits)
-        return reference_int8.w4a8_linear(*more), reference_int8.w4a8_tolerance(*more)
-    return (
-        reference_int8.w8a8_linear(x, codes, scale, bias),
-        reference_int8.w8a8_tolerance(x, codes, scale, bias),
-    )
 
 
 def _activated(activation: Activation, products: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,22 +256,3 @@ def _activated(activation: Activation, products: Tensor, off: Tensor) -> tuple[T
             (activation(products + moved) - h).abs(), (activation(products - moved) - h).abs()
         )
     return h, error
-
-
-def _moved(
-    scheme: str, h: Tensor, off: Tensor, dtype: torch.dtype, w2: Experts, x_groups: bool
-) -> Tensor:
-    """How far the rounded h may be from the oracle's rounding of it, float64."""
-    if scheme.endswith("a16"):
-        return ((h + off).to(dtype).double() - (h - off).to(dtype).double()).abs()
-    groups = w2.scale.shape[-1] if x_groups else 1
-    x = h.unflatten(-1, (groups, -1))
-    off = off.unflatten(-1, (groups, -1))
-    quantized = reference_int8.quantize_x(h.float(), groups=groups)
-    scale = quantized.scale.double()
-    # The scale moves with the largest value, and every quotient with it.
-    largest = x.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    wide = off + x.abs() * (off.amax(-1, keepdim=True) / largest + 4 * FP32_UNIT)
-    codes = [((x + d) / scale).clamp(-128, 127).round() for d in (wide, -wide)]
-    moved = (codes[0] - codes[1]).abs() * scale + x.abs() * (wide.amax(-1, keepdim=True) / largest)
-    return moved.flatten(-2)
