@@ -11,8 +11,10 @@ from linear_cases import make_layer, make_x
 pytestmark = pytest.mark.usefixtures("extension")
 
 N, K, GROUP = 40, 96, 32  # 48 channels with padding, 3 groups
-LINEARS = {"w4a16": 4, "w8a16": 8, "w4a8": 4, "w8a8": 8}  # and their weights' bits
+# And their weights' bits.
+LINEARS = {"w4a16": 4, "w8a16": 8, "w4a8": 4, "w8a8": 8, "fp8": 8, "fp4": 4}
 GROUPED = ("w4a16", "w8a16", "w4a8")
+MODES = {"w8a8": "w8a8_static_asym", "fp8": "fp8_tensor", "fp4": "fp4_nv"}  # with all arguments
 
 # Argument, change (a value, or what to do with the good one), expected, given.
 Row = tuple[str, Any, str, str]
@@ -26,8 +28,7 @@ def _call(op: Any, arguments: dict[str, Any], changes: dict[str, Any]) -> Any:
 
 def _linear(op: str, **changes: Any) -> torch.Tensor:
     """The op on a good layer, with some arguments replaced."""
-    mode = "w8a8_static_asym" if op == "w8a8" else op
-    layer = make_layer(mode, N, K, GROUP, torch.bfloat16, asymmetric=True, bias=True)
+    layer = make_layer(MODES.get(op, op), N, K, GROUP, torch.bfloat16, asymmetric=True, bias=True)
     return _call(layer.linear, layer.arguments(make_x(3, K, torch.bfloat16)), changes)
 
 
@@ -62,20 +63,51 @@ def _common_errors(bits: int, groups: int) -> list[Row]:
     ]
 
 
-def _grouped_errors(bits: int) -> list[Row]:
-    per_dword, rows = 32 // bits, 48 * bits // 32
+def _group_errors(bits: int) -> list[Row]:
+    per_dword = 32 // bits
     allowed = f"multiple of {per_dword} that divides K = 96"
     return [
         ("scale", lambda s: s[:, :2].contiguous(), "[48, 3]", "[48, 2]"),
-        ("zero_point", lambda z: z[:-1], f"[{rows}, 3]", f"[{rows - 1}, 3]"),
-        ("zero_point", lambda z: z[:0].flatten(), "2 dimensions", "[0]"),
-        ("zero_point", lambda z: z.to(torch.int8), "Int", "Char"),
         *[
             ("group_size", size, allowed, f"given {size}")
             for size in (0, -2, 64, 3 * per_dword // 2, 192, -(2**63))
         ],
     ]
 
+
+def _zero_point_errors(bits: int) -> list[Row]:
+    rows = 48 * bits // 32
+    return [
+        ("zero_point", lambda z: z[:-1], f"[{rows}, 3]", f"[{rows - 1}, 3]"),
+        ("zero_point", lambda z: z[:0].flatten(), "2 dimensions", "[0]"),
+        ("zero_point", lambda z: z.to(torch.int8), "Int", "Char"),
+    ]
+
+
+FP8_ERRORS: list[Row] = [
+    ("scale", lambda s: s.bfloat16(), "Float", "BFloat16"),
+    ("scale", lambda s: s.double(), "Float", "Double"),
+    ("x_rounding", "row", "none, token, group or tensor", "given 'row'"),
+    ("x_rounding", "", "none, token, group or tensor", "given ''"),
+    ("x_rounding", "Token", "none, token, group or tensor", "given 'Token'"),
+    ("x_scale", torch.ones(2), "[1]", "[2]"),
+    ("x_scale", torch.tensor(1.0), "[1]", "[]"),
+    ("x_scale", lambda s: s.double(), "Float", "Double"),
+    ("x_scale", lambda s: s.bfloat16(), "Float", "BFloat16"),
+]
+FP4_ERRORS: list[Row] = [
+    ("scale", lambda s: s.view(torch.int8), "Byte", "Char"),
+    ("scale", lambda s: s.view(torch.float8_e4m3fn), "Byte", "Float8_e4m3fn"),
+    ("scale", lambda s: s.float(), "Byte", "Float"),
+    ("scale_type", "e4m3fn", "e8m0 or e4m3", "given 'e4m3fn'"),
+    ("scale_type", "", "e8m0 or e4m3", "given ''"),
+    ("channel_scale", lambda c: c[:N], "[48]", "[40]"),
+    ("channel_scale", lambda c: c.view(48, 1), "[48]", "[48, 1]"),
+    ("channel_scale", torch.tensor(1.0), "[48]", "[]"),
+    ("channel_scale", lambda c: c.double(), "Float", "Double"),
+    ("channel_scale", lambda c: c.bfloat16(), "Float", "BFloat16"),
+    ("channel_scale", lambda c: torch.cat((c, c))[::2], "contiguous", "contiguous"),
+]
 
 W8A8_ERRORS: list[Row] = [
     ("scale", lambda s: s.bfloat16(), "Float", "BFloat16"),
@@ -102,7 +134,10 @@ def _linear_errors(op: str) -> list[Row]:
     bits = LINEARS[op]
     if op == "w8a8":
         return _common_errors(bits, 1) + W8A8_ERRORS
-    rows = _common_errors(bits, 3) + _grouped_errors(bits)
+    rows = _common_errors(bits, 3) + _group_errors(bits)
+    if op in ("fp8", "fp4"):
+        return rows + (FP8_ERRORS if op == "fp8" else FP4_ERRORS)
+    rows += _zero_point_errors(bits)
     if op == "w4a8":  # scales of any dtype
         return [*rows, ("scale", lambda s: s.double(), "BFloat16, Half or Float", "Double")]
     return [
@@ -175,6 +210,29 @@ def test_a_zero_point_needs_a_scale() -> None:
     _refused(_linear, "w8a8", "w8a8_linear", ("x_scale", None, "without x_scale", "x_zero_point"))
 
 
+@pytest.mark.parametrize("rounding", ["none", "token", "group", "tensor"])
+def test_a_scale_of_x_is_for_tensors_alone(rounding: str) -> None:
+    """One that is missing cannot be guessed, and one beside another rounding would be dropped."""
+    given, missing = torch.ones(1), None
+    good, bad = (given, missing) if rounding == "tensor" else (missing, given)
+    assert _linear("fp8", x_rounding=rounding, x_scale=good).isfinite().all()
+    message = (
+        rf"fp8_linear: argument 'x_scale': expected one where .*'tensor' and none .*{rounding}"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        _linear("fp8", x_rounding=rounding, x_scale=bad)
+
+
+def test_groups_of_x_are_whole_groups_of_weights() -> None:
+    """A multiple of the weights' 32; K and more is one group."""
+    changes: dict[str, Any] = {"x_rounding": "group", "x_scale": None}
+    for size in (-1, 32, 64, 96, 128):
+        assert _linear("fp8", **changes, x_group_size=size).isfinite().all()
+    for size in (0, -2, 16, 48, -(2**63)):
+        row = ("x_group_size", size, "multiple of the weights' group size 32", f"given {size}")
+        _refused(lambda op, **more: _linear(op, **changes, **more), "fp8", "fp8_linear", row)
+
+
 def _refused(call: Callable[..., Any], op: str, name: str, row: Row) -> None:
     argument, change, expected, given = row
     with pytest.raises(RuntimeError) as caught:
@@ -197,6 +255,8 @@ _TENSORS = [
     *[(op, name) for op in GROUPED for name in ("x", "weight", "scale", "zero_point", "bias")],
     *[("w8a8", name) for name in ("x", "weight", "scale", "weight_sum", "bias")],
     *[("w8a8", name) for name in ("x_scale", "x_zero_point")],
+    *[("fp8", name) for name in ("x", "weight", "scale", "bias", "x_scale")],
+    *[("fp4", name) for name in ("x", "weight", "scale", "bias", "channel_scale")],
 ]
 _DISK_TENSORS = [
     *[(op, name) for op in GROUPED[:2] for name in ("weight_packed", "scale", "zero_point")],

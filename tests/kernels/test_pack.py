@@ -9,9 +9,9 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from linear_cases import DTYPES, Layer, make_layer, pack_bits
+from linear_cases import DTYPES, FLOATS, Layer, make_layer, pack_bits
 
-from vllm_plugin_tm.kernels import reference
+from vllm_plugin_tm.kernels import reference, reference_float
 
 pytestmark = pytest.mark.usefixtures("extension")
 
@@ -116,6 +116,76 @@ def test_every_w8a8_weight_arrives(n: int, k: int, seed: int) -> None:
     assert torch.equal(layer(torch.eye(k)), codes.t().float())
 
 
+@pytest.mark.parametrize("gate_up", [False, True])
+@hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
+@hypothesis.given(
+    n=st.integers(1, 100),
+    groups=st.integers(1, 5),
+    group=st.integers(1, 20),
+    seed=st.integers(0, 2**31),
+)
+def test_every_e4m3_byte_arrives(gate_up: bool, n: int, groups: int, group: int, seed: int) -> None:
+    """e4m3 goes the way of 8-bit integers, with float32 scales: rows of the identity pick out
+    single weights, bit for bit. Gates and ups take turns by tiles, each padded with zeros."""
+    k, rows = 4 * group * groups, n * (1 + gate_up)
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 254, (rows, k), generator=generator, dtype=torch.int64)
+    bytes_ = torch.where(codes >= 0x7F, codes + 1, codes).to(torch.uint8)  # all but the NaNs
+    scale = 2.0 ** torch.randint(-4, 5, (rows, groups), generator=generator)
+    weight, packed_scale, zero = torch.ops.vllm_plugin_tm.w8a16_pack(
+        bytes_.view(torch.int8), scale, None, k, gate_up=gate_up
+    )
+    assert (packed_scale.dtype, zero.numel()) == (torch.float32, 0)
+    assert _fields(weight, 8).count_nonzero() == bytes_.count_nonzero()
+    want = reference_float.dequantize_fp8(bytes_.view(torch.float8_e4m3fn), scale)
+    arguments = (weight, packed_scale, None, len(weight), k // groups, "none")
+    y = torch.ops.vllm_plugin_tm.fp8_linear(torch.eye(k), *arguments)
+    _assert_channels(y, want, gate_up)
+
+
+@pytest.mark.parametrize("gate_up", [False, True])
+@pytest.mark.parametrize("scale_type", ["e8m0", "e4m3"])
+@hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
+@hypothesis.given(
+    n=st.integers(1, 100),
+    groups=st.integers(1, 5),
+    group=st.integers(1, 10),
+    seed=st.integers(0, 2**31),
+)
+def test_every_e2m1_code_arrives(
+    scale_type: str, gate_up: bool, n: int, groups: int, group: int, seed: int
+) -> None:
+    """e2m1 goes the way of 4-bit integers, which come as code + 8: 0x88888888 turns words of the
+    one into words of the other. Scales are bytes that are not looked into."""
+    k, rows = 8 * group * groups, n * (1 + gate_up)
+    generator = torch.Generator().manual_seed(seed)
+    bytes_ = torch.randint(0, 256, (rows, k // 2), generator=generator, dtype=torch.int64)
+    bytes_ = bytes_.to(torch.uint8)
+    low, high = (120, 135) if scale_type == "e8m0" else (1, 0x7F)
+    scale = torch.randint(low, high, (rows, groups), generator=generator, dtype=torch.int64)
+    scale = scale.to(torch.uint8)
+    words = bytes_.view(torch.int32) ^ -0x77777778  # 0x88888888
+    weight, packed_scale, zero = torch.ops.vllm_plugin_tm.w4a16_pack(
+        words, scale, None, k, gate_up=gate_up
+    )
+    assert (packed_scale.dtype, zero.numel()) == (torch.uint8, 0)
+    assert packed_scale.count_nonzero() == scale.numel()
+    assert (
+        _fields(weight, 4).count_nonzero() == _fields(bytes_.view(torch.int32), 4).count_nonzero()
+    )
+    want = reference_float.dequantize_fp4(bytes_, scale, scale_type)
+    arguments = (weight, packed_scale, None, None, len(weight), k // groups, scale_type)
+    y = torch.ops.vllm_plugin_tm.fp4_linear(torch.eye(k), *arguments)
+    _assert_channels(y, want, gate_up)
+
+
+def _assert_channels(y: torch.Tensor, weight: torch.Tensor, gate_up: bool) -> None:
+    """y [K, channels] has the rows of weight [N, K] in the packed order, and zeros beside them."""
+    halves = weight.unflatten(0, (1 + gate_up, -1))
+    tiles = torch.nn.functional.pad(halves, (0, 0, 0, -halves.shape[1] % 16)).unflatten(1, (-1, 16))
+    assert torch.equal(y.t().double(), tiles.transpose(0, 1).flatten(0, 2))
+
+
 @pytest.mark.parametrize(("mode", "bits"), [("w4a16", 4), ("w4a16", 3), ("w8a16", 8), ("w8a16", 5)])
 def test_packed_and_bytes_are_the_same_weights(mode: str, bits: int) -> None:
     """Codes in words and codes of one byte each give the same kernel tensors, bit for bit."""
@@ -149,20 +219,24 @@ def _beyond(used: int) -> int:
 
 
 def test_packing_does_not_change_its_input() -> None:
-    for mode in (*GROUPED, "w8a8"):
+    for mode in (*GROUPED, "w8a8", *FLOATS):
         layer = make_layer(mode, 40, 64, 32, torch.bfloat16, asymmetric=True)
-        before = [layer.codes.clone(), layer.scale.clone()]
+        disk = (layer.codes if isinstance(layer, Layer) else layer.weight, layer.scale)
+        before = [part.clone() for part in disk]
         assert layer.packed
-        assert all(map(torch.equal, (layer.codes, layer.scale), before))
+        assert all(map(torch.equal, disk, before))
 
 
 @pytest.mark.parametrize("asymmetric", [False, True], ids=["sym", "asym"])
 @pytest.mark.parametrize(("group", "k"), [(32, 576), (64, 1536), (128, 4096), (-1, 2048)])
-@pytest.mark.parametrize("mode", [*GROUPED, "w8a8"])
+@pytest.mark.parametrize("mode", [*GROUPED, "w8a8", "fp8", "fp4_mx", "fp4_nv"])
 def test_resident_bytes(mode: str, group: int, k: int, asymmetric: bool) -> None:
     """At most 1.05 of what the checkpoint holds: packed weights, scales and zero points."""
     layer = make_layer(mode, 576, k, group, torch.bfloat16, asymmetric)
-    checkpoint = (layer.codes, layer.scale, layer.zero_point)
+    if isinstance(layer, Layer):
+        checkpoint = (layer.codes, layer.scale, layer.zero_point)
+    else:
+        checkpoint = (layer.weight, layer.scale, None)
     disk, kernel = (
         sum(part.nbytes for part in parts if part is not None)
         for parts in (checkpoint, layer.packed)
