@@ -2,10 +2,12 @@
 """Self-tests of the kernels for routed experts: a small layer against plain float64 torch."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from vllm_plugin_tm.kernels import ops
 from vllm_plugin_tm.kernels.reference_moe import Activation, Experts, moe, moe_tolerance
 
 # Ragged in every direction; one token, and enough that an expert has tiles of rows.
@@ -13,6 +15,9 @@ _EXPERTS, _HIDDEN, _INTERMEDIATE, _GROUP, _TOP_K = 3, 72, 40, 8, 2
 _TOKENS = (1, 50)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ACTIVATIONS = (Activation(), Activation("gelu_tanh_no_mul"))
+# What the ops of floats take beside the rest: roundings of activations, kinds of scales.
+_KINDS = {"fp8": ("none", "token", "group", "tensor"), "fp4": ("e8m0", "e4m3")}
+_X_SCALE = 0.018
 
 
 def worst_case(scheme: str) -> tuple[float, str]:
@@ -21,34 +26,53 @@ def worst_case(scheme: str) -> tuple[float, str]:
     for dtype in _DTYPES:
         for activation in _ACTIVATIONS:
             w13, w2 = _experts(scheme, activation, dtype)
-            for tokens in _TOKENS:
-                error = _error(scheme, activation, w13, w2, dtype, tokens)
-                if not error <= worst:  # also true for NaN
-                    worst = error
-                    detail = (
-                        f"T={tokens} E={_EXPERTS} H={_HIDDEN} I={_INTERMEDIATE} {dtype} "
-                        f"{activation.name}"
-                    )
+            for kind in _KINDS.get(scheme, ("",)):
+                for tokens in _TOKENS:
+                    error = _error(scheme, kind, activation, w13, w2, dtype, tokens)
+                    if not error <= worst:  # also true for NaN
+                        worst = error
+                        detail = (
+                            f"T={tokens} E={_EXPERTS} H={_HIDDEN} I={_INTERMEDIATE} {dtype} "
+                            f"{activation.name} {kind}".rstrip()
+                        )
     return worst, detail
 
 
 def _error(
-    scheme: str, activation: Activation, w13: Experts, w2: Experts, dtype: torch.dtype, tokens: int
+    scheme: str,
+    kind: str,
+    activation: Activation,
+    w13: Experts,
+    w2: Experts,
+    dtype: torch.dtype,
+    tokens: int,
 ) -> float:
     generator = torch.Generator(device="cpu").manual_seed(tokens)
     x = _normal(generator, tokens, _HIDDEN).to(dtype)
     weights = _normal(generator, tokens, _TOP_K).abs()
     scores = _normal(generator, tokens, _EXPERTS)
     ids = scores.topk(_TOP_K, dim=1).indices.to(torch.int32)
+    more: tuple[object, ...] = ()
+    named: dict[str, object] = {}
+    if scheme == "fp8":
+        static = None
+        if kind == "tensor":
+            static = torch.tensor([_X_SCALE], device="cpu", dtype=torch.float32)
+        w13, w2 = replace(w13, x_scale=static), replace(w2, x_scale=static)
+        more, named = (kind, static, static, -1), {"x_rounding": kind}
+    elif scheme == "fp4":
+        w13, w2 = replace(w13, scale_type=kind), replace(w2, scale_type=kind)
+        more = (kind,)
     packed = [
         *_packed(scheme, w13, _HIDDEN, activation.gated),
         *_packed(scheme, w2, _INTERMEDIATE, False),
     ]
     numbers = (activation.name, activation.alpha, activation.beta, activation.limit)
     op = getattr(torch.ops.vllm_plugin_tm, f"{scheme}_moe")
-    y = op(x, weights, ids, *packed, _INTERMEDIATE, *numbers, None)
+    y = op(x, weights, ids, *packed, _INTERMEDIATE, *numbers, None, *more)
     arguments = (scheme, x, weights, ids, w13, w2, activation)
-    ratio = (y.double() - moe(*arguments)).abs() / moe_tolerance(*arguments)
+    want, allowed = moe(*arguments, **named), moe_tolerance(*arguments, **named)  # type: ignore[arg-type]
+    ratio = (y.double() - want).abs() / allowed
     return math.inf if bool(ratio.isnan().any()) else float(ratio.max())
 
 
@@ -57,7 +81,28 @@ def _experts(scheme: str, activation: Activation, dtype: torch.dtype) -> tuple[E
     halves = 2 if activation.gated else 1
     bits = 4 if scheme.startswith("w4") else 8
 
+    def floats(n: int, k: int) -> Experts:
+        def numbers(low: int, high: int, *shape: int) -> Tensor:
+            made = torch.randint(
+                low, high, shape, generator=generator, device="cpu", dtype=torch.int64
+            )
+            return made.to(torch.uint8)
+
+        groups = k // _GROUP
+        if scheme == "fp8":
+            codes = numbers(0, 0x7F, _EXPERTS, n, k) | numbers(0, 2, _EXPERTS, n, k) << 7
+            scale = _normal(generator, _EXPERTS, n, groups) / (110 * k**0.5)
+            return Experts(codes.view(torch.float8_e4m3fn), scale)
+        # One range of bytes for both kinds: 2**-3 to 2**-1, and 320 to 416.
+        return Experts(
+            numbers(0, 256, _EXPERTS, n, k // 2),
+            numbers(0x7C, 0x7F, _EXPERTS, n, groups),
+            channel_scale=_normal(generator, _EXPERTS, n) / (1000 * k**0.5),
+        )
+
     def experts(n: int, k: int) -> Experts:
+        if scheme in _KINDS:
+            return floats(n, k)
         whole = scheme == "w8a8"
         shape = (_EXPERTS, n, k) if whole else (_EXPERTS, n, k * bits // 32)
         low, high = (-128, 128) if whole else (-(2**31), 2**31)
@@ -81,13 +126,30 @@ def _packed(scheme: str, experts: Experts, k: int, gate_up: bool) -> tuple[Tenso
     namespace = torch.ops.vllm_plugin_tm
     parts = []
     for codes, scale in zip(experts.codes, experts.scale, strict=True):
+        if scheme == "fp8":
+            parts.append(namespace.w8a16_pack(codes.view(torch.int8), scale, None, k, 8, gate_up))
+            continue
+        if scheme == "fp4":
+            words = codes.view(torch.int32) ^ -0x77777778  # see small_floats.e2m1_words
+            parts.append(namespace.w4a16_pack(words, scale, None, k, 4, gate_up))
+            continue
         if scheme == "w8a8":
             parts.append(namespace.w8a8_pack(codes, scale, gate_up))
             continue
         pack = namespace.w8a16_pack if scheme == "w8a16" else namespace.w4a16_pack
         parts.append(pack(codes, scale, None, k, experts.bits, gate_up))
     weight, scale, third = (torch.stack(part) for part in zip(*parts, strict=True))
+    if experts.channel_scale is not None:
+        return weight, scale, _in_tiles(experts.channel_scale, gate_up), None
     return weight, scale, third if scheme == "w8a8" else None, None
+
+
+def _in_tiles(values: Tensor, gate_up: bool) -> Tensor:
+    """[E, N] in the order of packed channels: tiles of 16 gates and of 16 ups alternate."""
+    halves = values.unflatten(1, (2 if gate_up else 1, -1))
+    count = halves.shape[2]
+    halves = torch.nn.functional.pad(halves, (0, ops.padded(count) - count))
+    return halves.unflatten(2, (-1, ops.TILE_N)).transpose(1, 2).flatten(1).contiguous()
 
 
 def _normal(generator: torch.Generator, *shape: int) -> Tensor:

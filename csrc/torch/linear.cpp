@@ -40,9 +40,9 @@ void round_x(const char* op, Gemm& args, const std::string& rounding, const Mayb
   }
   if (args.activations != Activations::grouped) return;
   const int64_t width = k / args.layout.groups;
-  STD_TORCH_CHECK(x_group_size == -1 || (x_group_size > 0 && x_group_size % width == 0), op,
-                  ": argument 'x_group_size': expected -1 or a multiple of the weights' group size ", width, ", given ",
-                  x_group_size);
+  STD_TORCH_CHECK(x_group_size == -1 || x_group_size >= k || (x_group_size > 0 && x_group_size % width == 0), op,
+                  ": argument 'x_group_size': expected -1, a multiple of the weights' group size ", width,
+                  ", or all of K = ", k, " and more, given ", x_group_size);
   args.x_group = x_group_size == -1 ? width : x_group_size;
 }
 

@@ -140,7 +140,7 @@ Tensor multiply(const Scheme& s, Tensor x, Tensor topk_weights, Tensor topk_ids,
   m.w2.x_scale = s.w2_x_scale;
   if (s.x_group > 0)
     for (const Layout& l : {m.w13.layout, m.w2.layout})
-      STD_TORCH_CHECK(s.x_group % (l.k / l.groups) == 0, s.op, ": argument 'x_group_size': expected a multiple of the ",
+      STD_TORCH_CHECK(s.x_group >= l.k || s.x_group % (l.k / l.groups) == 0, s.op, ": argument 'x_group_size': expected a multiple of the ",
                       "weights' group sizes, ", l.k / l.groups, " among them, given ", s.x_group);
   Tensor y = torch::stable::new_empty(x, {tokens, hidden});
   if (tokens == 0) return y;

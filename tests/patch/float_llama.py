@@ -30,6 +30,7 @@ class Form:
     kernel: str
     method: str = "compressed-tensors"
     scale_dtype: torch.dtype = torch.float32
+    block: int = BLOCK
 
     @property
     def fp8(self) -> bool:
@@ -37,33 +38,33 @@ class Form:
 
     @property
     def group(self) -> int:
-        return {"block": BLOCK, "mxfp4": 32, "nvfp4": 16}.get(self.weights, -1)
+        return {"block": self.block, "mxfp4": 32, "nvfp4": 16}.get(self.weights, -1)
 
 
 def _args(bits: int, **more: Any) -> dict[str, Any]:
     return {"num_bits": bits, "type": "float", "symmetric": True, "dynamic": False} | more
 
 
-def quantization(form: Form) -> dict[str, Any]:
+def quantization(form: Form, ignore: tuple[str, ...] = ("lm_head",)) -> dict[str, Any]:
     """The checkpoint's quantization configuration."""
     if form.method == "fp8":
         config = {
             "quant_method": "fp8",
             "activation_scheme": "static" if form.rounding == "tensor" else "dynamic",
-            "ignored_layers": ["lm_head"],
+            "ignored_layers": list(ignore),
         }
-        return config | ({"weight_block_size": [BLOCK, BLOCK]} if form.weights == "block" else {})
+        return config | ({"weight_block_size": [form.block] * 2} if form.weights == "block" else {})
     activations: dict[str, Any] | None = {
         "none": None,
         "token": _args(8, strategy="token", dynamic=True),
-        "group": _args(8, strategy="group", group_size=BLOCK, dynamic=True),
+        "group": _args(8, strategy="group", group_size=form.block, dynamic=True),
         "tensor": _args(8, strategy="tensor"),
     }[form.rounding]
     if form.fp8:
         kind = "float-quantized"
         weights = _args(8, strategy=form.weights)
         if form.weights == "block":
-            weights["block_structure"] = [BLOCK, BLOCK]
+            weights["block_structure"] = [form.block] * 2
     else:
         kind = f"{form.weights}-pack-quantized"
         strategy = "tensor_group" if form.weights == "nvfp4" else "group"
@@ -73,7 +74,7 @@ def quantization(form: Form) -> dict[str, Any]:
         "quant_method": "compressed-tensors",
         "format": kind,
         "quantization_status": "compressed",
-        "ignore": ["lm_head"],
+        "ignore": list(ignore),
         "config_groups": {"group_0": scheme},
     }
 
@@ -88,14 +89,17 @@ def tensors(form: Form, seed: int = 0) -> dict[str, Tensor]:
         if leaf == "weight_shape":
             n, k = tensor.tolist()
             state |= {
-                f"{base}.{key}": value for key, value in _layer(form, n, k, generator).items()
+                f"{base}.{key}": value
+                for key, value in layer_tensors(form, n, k, generator).items()
             }
         elif leaf not in ("weight_packed", "weight_scale"):
             state[name] = tensor
     return state
 
 
-def _layer(form: Form, n: int, k: int, generator: torch.Generator) -> dict[str, Tensor]:
+def layer_tensors(form: Form, n: int, k: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """One layer's tensors by the last parts of their names."""
+
     def numbers(low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high, shape, generator=generator).to(torch.uint8)
 
@@ -114,7 +118,7 @@ def _layer(form: Form, n: int, k: int, generator: torch.Generator) -> dict[str, 
     weight = {"weight": torch.where(codes >= 0x7F, codes + 1, codes).view(E4M3)}
     if form.weights == "block":
         name = "weight_scale_inv" if form.method == "fp8" else "weight_scale"
-        scale = scales(n // BLOCK, k // BLOCK)
+        scale = scales(n // form.block, k // form.block)
         if form.scale_dtype != torch.float32:
             scale = torch.exp2(scale.log2().round())
         weight[name] = scale.to(form.scale_dtype)
@@ -151,10 +155,10 @@ def _product(form: Form, state: dict[str, Tensor], name: str, x: Tensor) -> tupl
     scale = state.get(f"{name}.weight_scale", state.get(f"{name}.weight_scale_inv")).float()
     if form.weights == "block":
         # Each input its own scale: no grouping is the oracle's business.
-        scale = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+        scale = scale.repeat_interleave(form.block, 0).repeat_interleave(form.block, 1)
     else:
         scale = scale.reshape(-1, 1).expand(n, 1)
-    fp8 = (x, weight, scale, None, form.rounding, state.get(f"{name}.input_scale"), BLOCK)
+    fp8 = (x, weight, scale, None, form.rounding, state.get(f"{name}.input_scale"), form.block)
     return reference_float.fp8_linear(*fp8), reference_float.fp8_tolerance(*fp8)
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, VOCABULARY, HEADS = 64, 32, 4, 2, 256, 2
 EXPERTS_NAME = "model.layers.0.mlp.experts"
+IGNORE = ("lm_head", "re:.*self_attn.*", "re:.*mlp.gate$")
 
 
 def tensors(group=16, symmetric=True, bits=4, packed=True, seed=0):
@@ -60,8 +61,9 @@ def tensors(group=16, symmetric=True, bits=4, packed=True, seed=0):
     return state
 
 
-def save(path, state, group=16, symmetric=True, bits=4, packed=True):
-    """Writes config.json and model.safetensors into `path`."""
+def save(path, state, group=16, symmetric=True, bits=4, packed=True, quantization=None):
+    """Writes config.json and model.safetensors into `path`; `quantization` replaces the
+    compressed-tensors configuration that the other arguments describe."""
     weights = {
         "num_bits": bits,
         "type": "int",
@@ -104,11 +106,12 @@ def save(path, state, group=16, symmetric=True, bits=4, packed=True):
         "rope_theta": 10000.0,
         "torch_dtype": "bfloat16",
         "tie_word_embeddings": False,
-        "quantization_config": {
+        "quantization_config": quantization
+        or {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized" if packed else "int-quantized",
             "quantization_status": "compressed",
-            "ignore": ["lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"],
+            "ignore": list(IGNORE),
             "config_groups": {"group_0": scheme},
         },
     }

@@ -183,6 +183,8 @@ PATCHES: tuple[Patch, ...] = (
         how=(
             "subclasses of the live classes CompressedTensorsWNA16MoEMethod, "
             "CompressedTensorsW8A8Int8MoEMethod, CompressedTensorsW4A8Int8MoEMethod, "
+            "CompressedTensorsW8A8Fp8MoEMethod, CompressedTensorsW4A4Mxfp4MoEMethod, "
+            "CompressedTensorsW4A4Nvfp4MoEMethod, Fp8MoEMethod, GptOssMxfp4MoEMethod, "
             "AutoGPTQMoEMethod and AutoAWQMoEMethod under the same names in their modules"
         ),
         expects={
@@ -196,6 +198,19 @@ PATCHES: tuple[Patch, ...] = (
                 (f"{_CT_MOE}_wna16", "CompressedTensorsWNA16MoEMethod", _MOE_INIT),
                 (f"{_CT_MOE}_w8a8_int8", "CompressedTensorsW8A8Int8MoEMethod", _MOE_INIT),
                 (f"{_CT_MOE}_w4a8_int8", "CompressedTensorsW4A8Int8MoEMethod", _MOE_INIT),
+                (f"{_CT_MOE}_w8a8_fp8", "CompressedTensorsW8A8Fp8MoEMethod", _MOE_INIT),
+                (
+                    f"{_CT_MOE}_w4a4_mxfp4",
+                    "CompressedTensorsW4A4Mxfp4MoEMethod",
+                    "(self, moe)",
+                ),
+                (
+                    f"{_CT_MOE}_w4a4_nvfp4",
+                    "CompressedTensorsW4A4Nvfp4MoEMethod",
+                    "(self, moe, layer_name=None, use_a16=False)",
+                ),
+                (f"{_QUANTIZATION}.fp8", "Fp8MoEMethod", "(self, quant_config, layer)"),
+                (f"{_QUANTIZATION}.mxfp4", "GptOssMxfp4MoEMethod", "(self, moe)"),
                 (f"{_QUANTIZATION}.auto_gptq", "AutoGPTQMoEMethod", "(self, quant_config, moe)"),
                 (f"{_QUANTIZATION}.auto_awq", "AutoAWQMoEMethod", "(self, quant_config, moe)"),
             )

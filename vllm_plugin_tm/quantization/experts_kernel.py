@@ -89,14 +89,11 @@ class TMExpertsKernel(TMKernel):
             "w13": [(up, self.request.intermediate) for up in ups],
             "w2": [(module.ckpt_down_proj_name, self.request.hidden)],
         }
-        tensors = [self.names.weight, self.names.scale]
-        if self.request.zero_points and self.names.zero_point:
-            tensors.append(self.names.zero_point)
         return [
             Layer(
                 name,
                 module,
-                tuple(f"{product}_{tensor}" for tensor in tensors),
+                tuple(f"{product}_{tensor}" for tensor in self._disk_names()),
                 tuple(
                     (f"{prefix}.{expert}.{part}", rows)
                     for expert in _local_experts(module)
@@ -107,6 +104,13 @@ class TMExpertsKernel(TMKernel):
             )
             for product in parts
         ]
+
+    def _disk_names(self) -> list[str]:
+        """What a checkpoint must fill of each product."""
+        names = [self.names.weight, self.names.scale]
+        if self.request.zero_points and self.names.zero_point:
+            names.append(self.names.zero_point)
+        return names
 
     def settle_dummy(self, layer: torch.nn.Module) -> None:
         """Random bytes are no 4-bit weights."""
@@ -157,12 +161,19 @@ class TMExpertsKernel(TMKernel):
         a = self.activation
         arguments = (
             *(x, topk_weights, topk_ids, *weights),
-            *(self.request.intermediate, a.name, a.alpha, a.beta, a.limit, layer.expert_map),
+            *(self.intermediate, a.name, a.alpha, a.beta, a.limit, layer.expert_map),
         )
-        namespace = torch.ops.vllm_plugin_tm
-        if self.request.scheme == "w4a8":
-            return namespace.w4a8_moe(*arguments, self.x_groups)
-        return getattr(namespace, f"{self.request.scheme}_moe")(*arguments)
+        op = getattr(torch.ops.vllm_plugin_tm, f"{self.request.scheme}_moe")
+        return op(*arguments, *self._more_arguments(layer))
+
+    @property
+    def intermediate(self) -> int:
+        """Size of what stands between the products."""
+        return self.request.intermediate
+
+    def _more_arguments(self, layer: torch.nn.Module) -> tuple[object, ...]:
+        """What the scheme's op takes beyond those that all have."""
+        return (self.x_groups,) if self.request.scheme == "w4a8" else ()
 
     @property
     def _third(self) -> str | None:
@@ -201,24 +212,17 @@ class TMExpertsKernel(TMKernel):
         gate_up: bool,
         disk: dict[str, Tensor],
     ) -> None:
-        experts = len(disk[self.names.weight])
         bias = getattr(layer, f"{product}_bias", None)
         if bias is not None:
-            put(layer, f"{product}_bias", _packed_bias(bias.data, gate_up))
+            put(layer, f"{product}_bias", packed_channels(bias.data, gate_up))
         pack = self._packer(expected, gate_up)
-        out: tuple[Tensor, ...] = ()
-        for expert in range(experts):
+
+        def one(expert: int) -> tuple[Tensor, ...]:
             codes, scale, zero_point = self._parts(disk, expert, True)
             zero_point = None if zero_point is None else zero_point.contiguous()
-            packed = pack(Disk(codes.contiguous(), scale.contiguous(), zero_point))
-            if not out:
-                out = tuple(part.new_empty((experts, *part.shape)) for part in packed)
-                for part in out:
-                    torch.ops.vllm_plugin_tm.advise_huge_pages(part)
-            for part, whole in zip(packed, out, strict=True):
-                whole[expert].copy_(part)
-            for tensor in disk.values():
-                torch.ops.vllm_plugin_tm.release_pages(tensor.data[expert])
+            return pack(Disk(codes.contiguous(), scale.contiguous(), zero_point))
+
+        out = pack_experts(one, list(disk.values()))
         put(layer, f"{product}_{self.names.weight}", out[0])
         put(layer, f"{product}_{self.names.scale}", out[1])
         if self._third is not None:
@@ -260,6 +264,26 @@ class TMExpertsKernel(TMKernel):
         return codes, scale.t(), None if zero_point is None else zero_point.t()
 
 
+def pack_experts(
+    pack: Callable[[int], tuple[Tensor, ...]], disk: list[Tensor]
+) -> tuple[Tensor, ...]:
+    """What `pack` makes of each expert, [experts, ...]; `disk` are the tensors [experts, ...] that
+    it reads, whose memory is given back expert by expert."""
+    experts = len(disk[0])
+    out: tuple[Tensor, ...] = ()
+    for expert in range(experts):
+        packed = pack(expert)
+        if not out:
+            out = tuple(part.new_empty((experts, *part.shape)) for part in packed)
+            for part in out:
+                torch.ops.vllm_plugin_tm.advise_huge_pages(part)
+        for part, whole in zip(packed, out, strict=True):
+            whole[expert].copy_(part)
+        for tensor in disk:
+            torch.ops.vllm_plugin_tm.release_pages(tensor.data[expert])
+    return out
+
+
 def _local_experts(module: torch.nn.Module) -> list[int]:
     """Global numbers of the experts whose weights are here, in the order of the weights."""
     expert_map = getattr(module, "expert_map", None)
@@ -278,11 +302,11 @@ def _scale_dtype(
     return getattr(layer, f"{product}_{names.scale}").dtype
 
 
-def _packed_bias(bias: Tensor, gate_up: bool) -> Tensor:
-    """[experts, N] as float32 [experts, padded channels] in the order of packed channels: tiles of
-    gates and ups alternate."""
-    experts = bias.shape[0]
-    halves = bias.float().view(experts, 2 if gate_up else 1, -1)
+def packed_channels(values: Tensor, gate_up: bool) -> Tensor:
+    """One value of each output row, [experts, N], as float32 [experts, padded channels] in the
+    order of packed channels: tiles of gates and ups alternate."""
+    experts = values.shape[0]
+    halves = values.float().reshape(experts, 2 if gate_up else 1, -1)
     channels = ops.padded(halves.shape[2])
     halves = torch.nn.functional.pad(halves, (0, channels - halves.shape[2]))
     tiles = halves.view(experts, halves.shape[1], -1, ops.TILE_N)

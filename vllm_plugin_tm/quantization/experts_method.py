@@ -14,6 +14,7 @@ from vllm_plugin_tm import envs, machine
 from vllm_plugin_tm.kernels.moe_activation import Activation
 from vllm_plugin_tm.quantization.activations import SMALLEST_INT8_GROUP
 from vllm_plugin_tm.quantization.experts_kernel import Names, TMExpertsKernel
+from vllm_plugin_tm.quantization.float_experts_kernel import FloatFormat, TMFloatExpertsKernel
 from vllm_plugin_tm.quantization.support_matrix import (
     CHANNEL,
     WEIGHT_TYPES,
@@ -37,6 +38,8 @@ class TMExpertsMethod:
     """Why the layer is not ours, for the layer table."""
 
     names: Names
+    form: FloatFormat | None = None
+    """How the checkpoint holds weights that are floats; set before _begin()."""
 
     def _begin(self, moe: Any, wanted: MoeRequest | str, upstream: Callable[[], None]) -> bool:
         """Constructs for `wanted`, or, where that is no request but why there is none, and where
@@ -60,6 +63,10 @@ class TMExpertsMethod:
                 self.note = ""
         assert isinstance(wanted, MoeRequest)
         FusedMoEMethodBase.__init__(self, moe)  # type: ignore[arg-type]
+        if self.form is not None:
+            activation = activation_of(moe)
+            self.kernel = TMFloatExpertsKernel(wanted, activation, self.names, self.form)
+            return True
         # Packed weights that run as w4a8 do so because the user wants it, by groups.
         x_groups = wanted.scheme == "w4a8" and WEIGHT_TYPES[wanted.weight_type].packed
         self.kernel = TMExpertsKernel(wanted, activation_of(moe), self.names, x_groups)

@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers of FP8 checkpoints as DeepSeek and Qwen have them (quantization method "fp8")."""
+"""FP8 checkpoints as DeepSeek and Qwen have them (quantization method "fp8"): linear layers and
+routed experts."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.model_executor.layers.quantization import fp8
 
 from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_fp8 import (
     TMFp8LinearKernel,
 )
+from vllm_plugin_tm.quantization.experts_kernel import Names
+from vllm_plugin_tm.quantization.experts_method import TMExpertsMethod, moe_request
+from vllm_plugin_tm.quantization.float_experts_kernel import FloatFormat
+
+X_GROUP_SIZE = 128
+"""The neighbours in activations that share a scale beside experts in blocks, whatever those are."""
 
 
 class TMFp8Linear:
@@ -57,3 +65,50 @@ class TMFp8Linear:
         if isinstance(self.fp8_linear, TMFp8LinearKernel):
             return self.fp8_linear.apply_weights(layer, x, bias)
         return super().apply(layer, x, bias)  # type: ignore[misc]
+
+
+class TMFp8Experts(TMExpertsMethod):
+    """Mixed in before Fp8MoEMethod."""
+
+    def __init__(self, quant_config: Any, layer: Any) -> None:
+        moe, block = layer.moe_config, quant_config.weight_block_size
+        static = quant_config.activation_scheme == "static"
+        self.weight_scale_name = "weight_scale" if block is None else "weight_scale_inv"
+        self.names = Names("weight", self.weight_scale_name)
+        shape, refine = _sharded_block(moe, block)
+        self.form = FloatFormat(
+            blocks=() if block is None else tuple({tuple(block), tuple(shape)}),
+            rounding="tensor" if static else "token" if block is None else "group",
+            x_group_size=-1 if block is None else X_GROUP_SIZE,
+        )
+
+        def upstream() -> None:
+            super(TMFp8Experts, self).__init__(quant_config, layer)  # type: ignore[call-arg]
+
+        wanted = moe_request(moe, "fp8", "float8_e4m3fn", False, None)
+        if self._begin(moe, wanted, upstream):
+            self.quant_config = quant_config
+            self.weight_block_size = block
+            self.block_quant = block is not None
+            self.moe_block_shape, self.weight_scale_refine = shape, refine
+        refuse_no_backend(self)
+
+
+def refuse_no_backend(method: Any) -> None:
+    """Upstream constructs FP8 experts without a kernel to run them, and fails when their weights
+    are loaded. Raises NotImplementedError with our reason, too, before that."""
+    backend = getattr(method, "fp8_backend", None)
+    if method.kernel is None and getattr(backend, "name", "") == "NONE":
+        raise NotImplementedError(
+            "No FP8 MoE backend supports the deployment configuration "
+            f"(vllm-plugin-tm: {method.note})"
+        )
+
+
+def _sharded_block(moe: Any, block: Any) -> tuple[Any, tuple[int, int] | None]:
+    """The shape of blocks once experts are cut for tensor parallelism, and how much finer that is;
+    older upstreams know the checkpoint's own only."""
+    resolve = getattr(fp8, "resolve_fp8_moe_weight_block_shape", None)
+    if block is None or resolve is None:
+        return block, None
+    return resolve(moe, block, fp8.kFp8Dynamic128Sym, True)

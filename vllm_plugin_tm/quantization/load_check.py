@@ -79,7 +79,8 @@ def mark(layers: Iterable[Layer]) -> list[Marked]:
                 continue
             if getattr(param, KERNEL_LAYOUT, False):
                 continue
-            if not _has_rows(param) and not isinstance(param, BasevLLMParameter):
+            scalars = isinstance(param, BasevLLMParameter) or _one_for_each(param, layer)
+            if not _has_rows(param) and not scalars:
                 continue
             if param.dtype == torch.int8 and not _has_rows(param):
                 param.data = param.data.to(torch.int32)
@@ -154,6 +155,11 @@ def refuse_damaged(files: Iterable[str]) -> None:
 def _has_rows(param: torch.Tensor) -> bool:
     """Whether the parameter has output rows; else it is one value for each source, or for all."""
     return getattr(param, "output_dim", None) in (0, 1) or param.dim() == _EXPERTS_DIM
+
+
+def _one_for_each(param: torch.Tensor, layer: Layer) -> bool:
+    """Whether a parameter of experts has one value for each of them, or for each of its parts."""
+    return param.numel() > 0 and len(layer.sources) % param.numel() == 0
 
 
 def _fits(param: torch.Tensor, tensor: torch.Tensor) -> bool:

@@ -261,6 +261,30 @@ MOE_MATRIX: tuple[Row, ...] = (
         isas=ISAS,
         amx_types=("int8",),
     ),
+    Row(
+        scheme="fp8",
+        formats=("compressed-tensors float-quantized", "FP8 as DeepSeek and Qwen have it"),
+        weight_types=("float8_e4m3fn",),
+        group_multiple=4,
+        groups="tensor, channel, blocks (128 x 128 and others)",
+        act_dtypes=_FLOATS,
+        rounding="e4m3, per token, per token and 128 neighbours, or static per tensor",
+        device="cpu",
+        isas=ISAS,
+        amx_types=("float8_e4m3fn",),
+    ),
+    Row(
+        scheme="fp4",
+        formats=("compressed-tensors MXFP4 and NVFP4", "MXFP4 as gpt-oss has it"),
+        weight_types=("mxfp4", "nvfp4"),
+        group_multiple=8,
+        groups="32 (MXFP4), 16 (NVFP4)",
+        act_dtypes=_FLOATS,
+        rounding="",
+        device="cpu",
+        isas=ISAS,
+        amx_types=("mxfp4",),
+    ),
 )
 """Routed experts; both products of an expert are of one kind."""
 
