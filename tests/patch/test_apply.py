@@ -14,12 +14,14 @@ pytest.importorskip("vllm")
 if not ops.is_available():
     pytest.skip("the extension is not built", allow_module_level=True)
 
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.model_executor import model_loader
 from vllm.model_executor.kernels import linear
 from vllm.model_executor.layers.quantization import auto_gptq
 from vllm.platforms import PlatformEnum
+from vllm.v1.worker import cpu_worker
 
-from vllm_plugin_tm.patch import apply, moe_methods
+from vllm_plugin_tm.patch import apply, moe_methods, worker
 
 
 def expert_methods():
@@ -33,6 +35,8 @@ def upstream_state():
         list(linear._POSSIBLE_INT8_KERNELS[PlatformEnum.CPU]),
         dict(model_loader._LOAD_FORMAT_TO_MODEL_LOADER),
         expert_methods(),
+        dict(WeightTransferEngineFactory._registry),
+        cpu_worker.CPUWorker,
     )
 
 
@@ -55,20 +59,32 @@ def test_apply_is_idempotent_and_read_back():
         ("moe_methods", True, ()),
         ("online", True, ()),
         ("model_loader", True, ()),
+        ("weight_transfer", True, ()),
+        ("worker", True, ()),
     ]
 
 
 def test_status_tells_what_is_not_applied(monkeypatch):
-    assert [row.applied for row in apply.status()] == [False] * 5
+    assert not any(row.applied for row in apply.status())
     apply.apply()
+
+    def left_out():
+        return [row.name for row in apply.status() if not row.applied]
+
     linear._POSSIBLE_KERNELS[PlatformEnum.CPU].reverse()
-    assert [row.applied for row in apply.status()] == [False, True, True, True, True]
+    assert left_out() == ["mixed_precision"]
     linear._POSSIBLE_KERNELS[PlatformEnum.CPU].reverse()
     linear._POSSIBLE_INT8_KERNELS[PlatformEnum.CPU].reverse()
-    assert [row.applied for row in apply.status()] == [True, False, True, True, True]
+    assert left_out() == ["scaled_mm"]
     linear._POSSIBLE_INT8_KERNELS[PlatformEnum.CPU].reverse()
     monkeypatch.setattr(auto_gptq, "AutoGPTQMoEMethod", auto_gptq.AutoGPTQMoEMethod.__bases__[-1])
-    assert [row.applied for row in apply.status()] == [True, True, False, True, True]
+    assert left_out() == ["moe_methods"]
+    monkeypatch.undo()
+    monkeypatch.delitem(WeightTransferEngineFactory._registry, "tm_safetensors")
+    assert left_out() == ["weight_transfer"]
+    monkeypatch.undo()
+    monkeypatch.setattr(cpu_worker, "CPUWorker", cpu_worker.CPUWorker.__bases__[-1])
+    assert left_out() == ["worker"]
     monkeypatch.undo()
 
 
@@ -173,6 +189,19 @@ def test_methods_of_experts_are_subclasses_under_the_same_names():
         assert live.create_weights is upstream.create_weights
         assert name in row.how
         assert f"{module}:{name}.__init__" in row.expects
+
+
+def test_the_worker_is_a_subclass_under_the_same_name():
+    before = cpu_worker.CPUWorker
+    apply.apply()
+    live = cpu_worker.CPUWorker
+    assert live.__name__ == before.__name__
+    assert live.__bases__ == (worker.TMWorker, before)
+    # Whatever of its methods changes is in the table.
+    (row,) = [patch for patch in table.PATCHES if patch.name == "worker"]
+    for name in ("reload_weights", "finish_weight_update"):
+        assert name in vars(worker.TMWorker)
+        assert f"vllm.v1.worker.gpu_worker:Worker.{name}" in row.expects
 
 
 def test_the_table_explains_every_patch():

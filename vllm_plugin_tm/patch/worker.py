@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patch: the CPU worker's updates of weights are all or nothing for models with layers of ours."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from vllm.v1.worker import cpu_worker
+
+from vllm_plugin_tm import layer_table
+from vllm_plugin_tm.updates.engine import SafetensorsTransferEngine
+from vllm_plugin_tm.updates.update import update
+
+_NAME = "CPUWorker"
+# What upstream changes in the model's config before it reads the first tensor.
+_SOURCE = ("model", "model_weights", "revision")
+
+
+class TMWorker:
+    """Mixed in before the live worker class."""
+
+    model_runner: Any
+    vllm_config: Any
+    weight_transfer_engine: Any
+    _weight_update_active: bool
+
+    def reload_weights(
+        self,
+        weights_iterator: Iterable[tuple[str, torch.Tensor]] | None = None,
+        weights_path: str | None = None,
+        is_checkpoint_format: bool = True,
+    ) -> None:
+        """As upstream's. Raises UpdateError, with the old weights in place, for whatever does not
+        fit; that of the model's config which names where they are from is then as it was, too."""
+        arguments = (weights_path, is_checkpoint_format)
+        model = self.model_runner.get_model()
+        if not layer_table.has_tm_layers(model):
+            super().reload_weights(weights_iterator, *arguments)  # type: ignore[misc]
+            return
+        config = self.vllm_config.model_config
+        before = {name: getattr(config, name) for name in _SOURCE if hasattr(config, name)}
+        try:
+            with update(model) as current:
+                if weights_iterator is not None and is_checkpoint_format:
+                    weights_iterator = current.checked(weights_iterator)
+                super().reload_weights(weights_iterator, *arguments)  # type: ignore[misc]
+        except BaseException:
+            for name, value in before.items():
+                setattr(config, name, value)
+            raise
+
+    def finish_weight_update(self) -> None:
+        """As upstream's, which would take a refused update for one that still goes on."""
+        try:
+            super().finish_weight_update()  # type: ignore[misc]
+        except BaseException:
+            engine = self.weight_transfer_engine
+            if isinstance(engine, SafetensorsTransferEngine):
+                engine.reset_weight_update_target()
+                self._weight_update_active = False
+            raise
+
+
+def install() -> None:
+    """The class becomes a subclass of itself under its name, by which upstream finds it."""
+    live = cpu_worker.CPUWorker
+    if not issubclass(live, TMWorker):
+        ours = type(live.__name__, (TMWorker, live), {"__module__": __name__})
+        setattr(cpu_worker, _NAME, ours)
+
+
+def remove() -> None:
+    """Puts upstream's class back."""
+    live = cpu_worker.CPUWorker
+    if issubclass(live, TMWorker):
+        setattr(cpu_worker, _NAME, live.__bases__[-1])
+
+
+def installed() -> bool:
+    """Whether the class is ours."""
+    return issubclass(cpu_worker.CPUWorker, TMWorker)
