@@ -156,7 +156,8 @@ def test_a_spawned_process_reports_its_own_patches():
         "if __name__ == '__main__':\n"
         "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
         "        assert pool.apply(work) == [\n"
-        "            'mixed_precision', 'scaled_mm', 'moe_methods', 'online', 'model_loader']\n",
+        "            'mixed_precision', 'scaled_mm', 'moe_methods', 'online', 'model_loader',\n"
+        "            'weight_transfer', 'worker']\n",
         VLLM_PLUGIN_TM="1",
     )
 

@@ -199,7 +199,7 @@ def test_the_worker_is_a_subclass_under_the_same_name():
     assert live.__bases__ == (worker.TMWorker, before)
     # Whatever of its methods changes is in the table.
     (row,) = [patch for patch in table.PATCHES if patch.name == "worker"]
-    for name in ("reload_weights", "finish_weight_update"):
+    for name in ("reload_weights", "update_weights", "finish_weight_update"):
         assert name in vars(worker.TMWorker)
         assert f"vllm.v1.worker.gpu_worker:Worker.{name}" in row.expects
 

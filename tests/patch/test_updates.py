@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Updates of weights, by both of upstream's ways: what they give, and that a wrong one changes
-nothing. tests/e2e/test_updates.py has the engine around them."""
+nothing. tests/e2e/test_update_engines.py has the engine around them."""
 
 import gc
 import re
@@ -25,6 +25,7 @@ from vllm.model_executor.model_loader.reload import inplace
 
 from vllm_plugin_tm.patch import apply
 from vllm_plugin_tm.updates import update as updates
+from vllm_plugin_tm.updates.backup import Backup
 from vllm_plugin_tm.updates.engine import BACKEND
 from vllm_plugin_tm.updates.update import UpdateError
 
@@ -165,6 +166,7 @@ def worker(config, model, engine):
     one = object.__new__(cpu_worker.CPUWorker)
     one.__dict__.update(
         vllm_config=config,
+        rank=0,
         model_runner=Runner(),
         weight_transfer_engine=engine,
         _weight_update_active=False,
@@ -413,8 +415,12 @@ def test_another_worker_refuses(tmp_path, served_as, monkeypatch):
     served = served_as("w4a16")
     before = served.state()
     served.make(tmp_path, 1)
-    monkeypatch.setattr(updates, "_all_agree", lambda well: False)
-    with pytest.raises(UpdateError, match="another worker"):
+
+    def refuse(_reason, cause):
+        raise UpdateError("another's reason") from cause
+
+    monkeypatch.setattr(updates, "refuse_together", refuse)
+    with pytest.raises(UpdateError, match="another's reason"):
         served.update("session", tmp_path)
     served.assert_is(before)
 
@@ -478,3 +484,18 @@ def resident():
     gc.collect()
     with open("/proc/self/status") as status:
         return int(re.search(r"VmRSS:\s+(\d+)", status.read())[1]) * 1024
+
+
+def test_the_backup_takes_one_copy_of_the_weights(tmp_path):
+    """Tied weights, and what shares memory with them, once."""
+    served = Served("tm_w4a16 biases", tmp_path)
+    tensors = [*served.model.parameters(), *served.model.buffers()]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+    backup = Backup(served.model)
+    kept = [copy.nbytes for _, copy in backup._bytes.values()]
+    assert sum(kept) == sum(storage.nbytes() for storage in storages.values())
+    state = served.state()
+    for tensor in tensors:
+        tensor.data.zero_()
+    backup.restore()
+    served.assert_is(state)

@@ -221,6 +221,7 @@ PATCHES: tuple[Patch, ...] = (
                 "(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker=False)"
             ),
             "vllm.v1.worker.gpu_worker:Worker.reload_weights": "(self, *args, **kwargs)",
+            "vllm.v1.worker.gpu_worker:Worker.update_weights": "(self, update_info)",
             "vllm.v1.worker.gpu_worker:Worker.finish_weight_update": "(self)",
             "vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights": (
                 "(self, weights_iterator=None, weights_path=None, is_checkpoint_format=True)"

@@ -21,7 +21,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from vllm_plugin_tm.quantization import load_check
-from vllm_plugin_tm.updates.update import UpdateError, update
+from vllm_plugin_tm.updates.update import UpdateError, refuse_together, update
 
 BACKEND = "tm_safetensors"
 """As in --weight-transfer-config '{"backend": "tm_safetensors"}'."""
@@ -72,11 +72,16 @@ class SafetensorsTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Opens more files. Raises UpdateError, and drops those before, for a file that cannot be
         read or a tensor that was sent before."""
         # Upstream's own waits for an accelerator afterwards; there is none.
+        cause: Exception | None = None
         try:
             self.receive_weights(self.parse_update_info(update_info))
         except Exception as error:
+            cause = error
+        try:
+            refuse_together(None if cause is None else str(cause), cause)
+        except UpdateError:
             self._files = {}
-            raise UpdateError(f"weights not updated, the old ones still serve: {error}") from error
+            raise
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Opens the files; reads their headers only."""

@@ -65,19 +65,16 @@ def update(model: torch.nn.Module) -> Iterator["Update"]:
     """
     old = Backup(model)
     current = _running[model] = Update(model)
-    voted = False
+    cause: Exception | None = None
     try:
-        yield current
-        voted = True
-        if not _all_agree(True):
-            raise UpdateError("another worker of this model refused it")
+        try:
+            yield current
+        except Exception as error:
+            cause = error
+        refuse_together(None if cause is None else current.reason(cause), cause)
         _expected[model] = current.found
-    except BaseException as error:
-        if isinstance(error, Exception) and not voted:
-            _all_agree(False)
+    except BaseException:
         old.restore()
-        if isinstance(error, Exception):
-            raise current.refusal(error) from error
         raise
     finally:
         del _running[model], old
@@ -116,13 +113,12 @@ class Update:
         self._reading = ""
         self._refuse_missing()
 
-    def refusal(self, error: Exception) -> UpdateError:
+    def reason(self, error: Exception) -> str:
         """`error` in the words that whoever asked for the update should read."""
-        reason = str(error) or type(error).__name__
         if self._reading and not isinstance(error, load_check.CheckpointError):
             # Upstream's loaders assert shapes and look names up without saying whose.
-            reason = f"at {self._reading}: {type(error).__name__}: {error}"
-        return UpdateError(f"weights not updated, the old ones still serve: {reason}")
+            return f"at {self._reading}: {type(error).__name__}: {error}"
+        return str(error) or type(error).__name__
 
     def _refuse_other(self, name: str, found: Found) -> None:
         before = (self._expected or {}).get(name)
@@ -231,12 +227,13 @@ class _Places:
         return None
 
 
-def _all_agree(well: bool) -> bool:
-    """Whether it went well in every worker that has a part of the model."""
-    vote = torch.tensor([int(well)])
+def refuse_together(reason: str | None, cause: Exception | None) -> None:
+    """Raises UpdateError where any of the workers that have a part of the model has a reason to
+    refuse an update. Each of them must call it."""
     for group in (get_tp_group(), get_pp_group()):
         if group.world_size > 1:
-            torch.distributed.all_reduce(
-                vote, torch.distributed.ReduceOp.MIN, group=group.cpu_group
-            )
-    return bool(vote.item())
+            reasons: list[str | None] = [None] * group.world_size
+            torch.distributed.all_gather_object(reasons, reason, group=group.cpu_group)
+            reason = next((each for each in reasons if each is not None), None)
+    if reason is not None:
+        raise UpdateError(f"weights not updated, the old ones still serve: {reason}") from cause

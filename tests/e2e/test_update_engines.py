@@ -2,6 +2,7 @@
 """Updates of the weights of running engines: the answers are those of a fresh load, and a
 wrong update changes none. tests/patch/test_updates.py has what can be wrong."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,3 +131,45 @@ def test_requests_go_on_until_an_update_is_finished(
     during = [step["during"] for step in engine["updates"] if step["during"] is not None]
     assert len(during) == 3
     assert all(_equal(answers, engine["answers"][0]) for answers in during)
+
+
+def test_what_one_of_two_workers_refuses_none_has(
+    models: Path, run_engines: Callable[..., list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """A code that is no 4-bit number, in the half of a matrix that only the second worker reads."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip(f"two cores are needed, this process may use {len(cores)}")
+    first, second = (
+        make_model.quantize_checkpoint(
+            source, source.with_name(f"{source.name}-w4a8-g64"), "w4a8", group_size=64
+        )
+        for source in (e2e_models.tiny(models, seed=seed) for seed in (0, 1))
+    )
+    name = "model.layers.1.mlp.down_proj.weight"
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name][3, -1] = 100
+
+    engine = {
+        "model": str(first),
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "max_model_len": 64,
+        "max_num_seqs": 4,
+        "max_logprobs": -1,
+        "kv_cache_memory_bytes": 2**24,
+        "enable_prefix_caching": False,
+        "tensor_parallel_size": 2,
+    }
+    updates = [{"reload": path} for path in (_wrong(second, tmp_path, spoil), str(second))]
+    (result,) = run_engines(
+        "updates-parallel",
+        [{"engine": engine, "prompts": PROMPTS, "tokens": 4, "updates": updates}],
+        VLLM_CPU_OMP_THREADS_BIND=f"{cores[0]}|{cores[1]}",
+    )
+    wrong, right = result["updates"]
+    assert f"old ones still serve: {name}: values of" in wrong["refused"]
+    assert _equal(wrong["answers"], result["answers"][0])
+    assert right["refused"] is None
+    assert not _equal(right["answers"], result["answers"][0])
