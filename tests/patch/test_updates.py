@@ -355,6 +355,7 @@ def test_what_cannot_be_sent(served_as, infos, words):
         send(info)
     with pytest.raises(UpdateError, match=words):
         send(wrong)
+    assert not served.engine._files, "what was sent before stays open"
     before = served.state()
     served.update("session", served.folder / "0")
     served.assert_is(before)
