@@ -18,7 +18,7 @@ ARGS ?=
 PY := .venv/bin/python
 TOOL := "$(PYTHON)" -m tools
 # Python files that are not below the package: the linter sees them too.
-SOURCES := vllm_plugin_tm tools tests benchmarks csrc
+SOURCES := vllm_plugin_tm tools tests benchmarks examples csrc
 
 .PHONY: help setup setup-test demo demo-online serve test test-fast lint wheel upstream-test compat bench \
 	readme clean

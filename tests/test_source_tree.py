@@ -15,7 +15,7 @@ from vllm_plugin_tm.kernels import ops
 ROOT = Path(__file__).resolve().parent.parent
 CODE = {".py", ".cpp", ".h", ".sh"}
 TEXT = CODE | {".md", ".toml", ".txt", ".json", ".yaml", ".yml", ""}
-FOLDERS = ("vllm_plugin_tm", "csrc", "tests", "tools", "benchmarks", "docs", ".ci")
+FOLDERS = ("vllm_plugin_tm", "csrc", "tests", "tools", "benchmarks", "examples", "docs", ".ci")
 
 
 def _files(suffixes: set[str], *folders: str) -> Iterator[Path]:

@@ -28,6 +28,7 @@ from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_w
 )
 from vllm_plugin_tm.quantization.experts_method import TMExpertsMethod
 from vllm_plugin_tm.quantization.kernel import TMKernel
+from vllm_plugin_tm.quantization.load_check import Layer
 
 TITLE = "vllm-plugin-tm layers"
 
@@ -57,6 +58,30 @@ def tm_kernel_of(module: torch.nn.Module) -> TMKernel | None:
     """The kernel of ours that runs this layer, if one does."""
     kernel = _kernel_of(module)
     return kernel if isinstance(kernel, TMKernel) else None
+
+
+def is_online(module: torch.nn.Module) -> bool:
+    """Whether the layer is quantized as its weights arrive."""
+    return bool(getattr(getattr(module, "quant_method", None), "uses_meta_device", False))
+
+
+def has_tm_layers(model: torch.nn.Module) -> bool:
+    """Whether a kernel of ours runs any layer of the model."""
+    return any(tm_kernel_of(module) is not None for module in model.modules())
+
+
+def watched(model: torch.nn.Module) -> list[Layer]:
+    """The layers that our kernels take from a checkpoint, as the checks want to know them."""
+    fused = getattr(model, "packed_modules_mapping", None) or {}
+    layers = []
+    for name, module in model.named_modules():
+        kernel = tm_kernel_of(module)
+        if kernel is None or is_online(module):
+            continue
+        parent, _, leaf = name.rpartition(".")
+        parts = [f"{parent}.{part}" if parent else part for part in fused.get(leaf, ())]
+        layers += kernel.loaded(name, module, tuple(parts))
+    return layers
 
 
 def collect(model: torch.nn.Module) -> list[Row]:

@@ -6,6 +6,8 @@ Usage: engine_job.py JOB.json RESULT.pt. JOB is a list of engines, one after the
   prompts  lists of token ids; for each: greedy tokens, log-probabilities of the whole vocabulary
   tokens   how many to generate (1 when absent)
   reloads  checkpoints to load into the running engine, each followed by the prompts
+  updates  after these, updates that may be refused, each followed by the prompts: {"reload": path},
+           or {"session": lists of files}, with the prompts also before it is finished
   again    how often the last two of the reloads are repeated without prompts, for memory figures
   workers  true: what every worker says of its process, patches and layers
   layers   true: x and y of every quantized linear layer for the first prompt (eager engines only)
@@ -116,6 +118,23 @@ def _ask(llm: Any, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
     }
 
 
+def _update(llm: Any, how: dict[str, Any], prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+    """What the prompts gave before the end of the update, and why it was refused (or None)."""
+    result: dict[str, Any] = {"during": None, "refused": None}
+    try:
+        if "reload" in how:
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": how["reload"]})
+            return result
+        llm.start_weight_update()
+        for files in how["session"]:
+            llm.update_weights({"update_info": {"files": files}})
+        result["during"] = _ask(llm, prompts, tokens)
+        llm.finish_weight_update()
+    except Exception as error:
+        result["refused"] = str(error)
+    return result
+
+
 def _run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -135,6 +154,12 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         result["answers"].append(_ask(llm, prompts, tokens))
         result["tensors"] += llm.apply_model(_hashes)
         result["addresses"] += llm.apply_model(_addresses)
+    result["updates"] = []
+    for how in job.get("updates", ()):
+        step = _update(llm, how, prompts, tokens)
+        result["updates"].append(step | {"answers": _ask(llm, prompts, tokens)})
+        if single:
+            result["updates"][-1]["tensors"] = llm.apply_model(_hashes)[0]
     result["resident"] = []
     for _ in range(job.get("again", 0)):
         for path in job["reloads"][-2:]:

@@ -14,14 +14,16 @@ pytest.importorskip("vllm")
 if not ops.is_available():
     pytest.skip("the extension is not built", allow_module_level=True)
 
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.model_executor import model_loader
 from vllm.model_executor.kernels import linear
 from vllm.model_executor.layers.quantization import auto_gptq, fp8
 from vllm.platforms import PlatformEnum
+from vllm.v1.worker import cpu_worker
 
-from vllm_plugin_tm.patch import apply, float_methods, moe_methods
+from vllm_plugin_tm.patch import apply, float_methods, moe_methods, worker
 
-SWAPS = {patch: patch.SWAPS.swaps for patch in (float_methods, moe_methods)}
+SWAPS = {patch: patch.SWAPS.swaps for patch in (float_methods, moe_methods, worker)}
 
 
 def swapped_classes(patch):
@@ -46,6 +48,7 @@ def upstream_state():
         linear.MarlinNvFp4LinearKernel,
         dict(model_loader._LOAD_FORMAT_TO_MODEL_LOADER),
         *(swapped_classes(patch) for patch in SWAPS),
+        dict(WeightTransferEngineFactory._registry),
     )
 
 
@@ -66,7 +69,7 @@ def test_apply_is_idempotent_and_read_back():
         (name, True, ())
         for name in (
             *("mixed_precision", "scaled_mm", "float_kernels", "float_methods", "moe_methods"),
-            *("online", "model_loader"),
+            *("online", "model_loader", "weight_transfer", "worker"),
         )
     ]
 
@@ -91,10 +94,14 @@ def test_status_tells_what_is_not_applied(monkeypatch):
         ("float_kernels", linear, "MarlinNvFp4LinearKernel"),
         ("float_methods", fp8, "Fp8LinearMethod"),
         ("moe_methods", auto_gptq, "AutoGPTQMoEMethod"),
+        ("worker", cpu_worker, "CPUWorker"),
     ):
         monkeypatch.setattr(owner, upstream, getattr(owner, upstream).__bases__[-1])
         assert applied() == everything - {name}
         monkeypatch.undo()
+    monkeypatch.delitem(WeightTransferEngineFactory._registry, "tm_safetensors")
+    assert applied() == everything - {"weight_transfer"}
+    monkeypatch.undo()
 
 
 def test_every_expectation_holds_in_the_installed_vllm():
@@ -195,11 +202,18 @@ def test_classes_are_subclasses_under_the_same_names(patch):
         assert live.__name__ == upstream.__name__ == swap.name
         assert live.__bases__ == (swap.mixin, upstream)
         # What no mixin changes is upstream's.
-        if "create_weights" not in vars(swap.mixin):
+        if "create_weights" in vars(upstream) and "create_weights" not in vars(swap.mixin):
             assert live.create_weights is upstream.create_weights
         assert swap.name in row.how
         symbols = [symbol for symbol in row.expects if symbol.startswith(f"{swap.module}:")]
         assert any(symbol.split(":")[1].startswith(swap.name) for symbol in symbols)
+
+
+def test_what_the_worker_changes_is_in_the_table():
+    (row,) = [patch for patch in table.PATCHES if patch.name == "worker"]
+    for name in ("reload_weights", "update_weights", "finish_weight_update"):
+        assert name in vars(worker.TMWorker)
+        assert f"vllm.v1.worker.gpu_worker:Worker.{name}" in row.expects
 
 
 def test_the_table_explains_every_patch():

@@ -21,6 +21,7 @@ from vllm_plugin_tm import layer_table
 from vllm_plugin_tm.quantization import load_check
 from vllm_plugin_tm.quantization.online.config import TMOnlineConfig
 from vllm_plugin_tm.quantization.online.options import refuse_without_method
+from vllm_plugin_tm.updates import update as updates
 
 logger = logging.getLogger("vllm.plugin_tm")
 
@@ -51,10 +52,12 @@ class _LayerTable(BaseModelLoader):
         if isinstance(vllm_config.quant_config, TMOnlineConfig):
             vllm_config.quant_config.refuse_unmatched()
         for module in model.modules():
-            if _is_online(module):
+            if layer_table.is_online(module):
                 # Again: a bias is registered after the weight, and one that is loaded first would
                 # not be counted, so that the layer waits for it until all others are loaded.
                 initialize_online_processing(module)
+        for layer in layer_table.watched(model):
+            load_check.count_shapes(layer)
         return model
 
 
@@ -63,6 +66,7 @@ class _Checked(DefaultModelLoader):
 
     _reading = ""
     _sources: Mapping[str, load_check.Layer] = {}
+    _found: dict[str, updates.Found]
 
     def _prepare_weights(self, *args: Any, **kwargs: Any) -> Any:
         found = super()._prepare_weights(*args, **kwargs)
@@ -74,13 +78,21 @@ class _Checked(DefaultModelLoader):
     def get_all_weights(
         self, *args: Any, **kwargs: Any
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
-        for name, tensor in super().get_all_weights(*args, **kwargs):
-            self._reading = f"{name} ({tensor.dtype}, shape {tuple(tensor.shape)})"
+        model = kwargs["model"] if "model" in kwargs else args[1]
+        weights = super().get_all_weights(*args, **kwargs)
+        current = updates.running(model)
+        if current is not None:
+            yield from current.checked(weights)
+            return
+        self._found = {}
+        for name, tensor in weights:
+            found = self._found[name] = updates.Found.of(tensor)
+            self._reading = f"{name} ({found})"
             load_check.refuse_unfit(name, tensor, self._sources)
             yield name, tensor
 
     def load_weights(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        layers = _tm_layers(model)
+        layers = layer_table.watched(model)
         marked = load_check.mark(layers)
         self._sources = {source: layer for layer in layers for source, _ in layer.sources}
         self._reading = ""
@@ -100,6 +112,7 @@ class _Checked(DefaultModelLoader):
             self._sources = {}
         load_check.refuse_missing(marked)
         _refuse_half_loaded(model)
+        updates.expect(model, self._found)
 
 
 class _Settled(DummyModelLoader):
@@ -113,30 +126,11 @@ class _Settled(DummyModelLoader):
                 kernel.settle_dummy(module)
 
 
-def _tm_layers(model: torch.nn.Module) -> list[load_check.Layer]:
-    """The layers that our kernels take, as the checks want to know them."""
-    fused = getattr(model, "packed_modules_mapping", None) or {}
-    layers = []
-    for name, module in model.named_modules():
-        kernel = layer_table.tm_kernel_of(module)
-        if kernel is None or _is_online(module):
-            continue
-        parent, _, leaf = name.rpartition(".")
-        parts = [f"{parent}.{part}" if parent else part for part in fused.get(leaf, ())]
-        layers += kernel.loaded(name, module, tuple(parts))
-    return layers
-
-
-def _is_online(module: torch.nn.Module) -> bool:
-    """Whether the layer is quantized as its weights arrive."""
-    return bool(getattr(getattr(module, "quant_method", None), "uses_meta_device", False))
-
-
 def _refuse_half_loaded(model: torch.nn.Module) -> None:
     """Layers that wait for weights when all have been read would be made of unwritten memory."""
     for name, module in model.named_modules():
         info = get_layerwise_info(module)
-        if not _is_online(module) or not info.can_load():
+        if not layer_table.is_online(module) or not info.can_load():
             continue
         if info.load_numel < (info.load_numel_total or 0):
             raise load_check.CheckpointError(

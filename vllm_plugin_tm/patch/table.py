@@ -14,6 +14,7 @@ from vllm_plugin_tm.versions import COMPAT_VLLM
 
 _LINEAR = "vllm.model_executor.kernels.linear"
 _LOADER = "vllm.model_executor.model_loader"
+_TRANSFER = "vllm.distributed.weight_transfer"
 _QUANTIZATION = "vllm.model_executor.layers.quantization"
 _CT = f"{_QUANTIZATION}.compressed_tensors.compressed_tensors"
 _CT_MOE = f"{_QUANTIZATION}.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe"
@@ -277,6 +278,52 @@ PATCHES: tuple[Patch, ...] = (
         },
         tested=COMPAT_VLLM,
         delete_when="upstream tracks the loading of quantized models by default and names the file",
+    ),
+    Patch(
+        name="weight_transfer",
+        target=f"{_TRANSFER}.factory:WeightTransferEngineFactory._registry",
+        kind="registry",
+        why="every backend of upstream's moves tensors between GPUs",
+        how="register_engine of tm_safetensors",
+        expects={
+            f"{_TRANSFER}.factory:WeightTransferEngineFactory._registry": "dict",
+            f"{_TRANSFER}.factory:WeightTransferEngineFactory.register_engine": (
+                "(name, module_path_or_cls, class_name=None)"
+            ),
+            f"{_TRANSFER}.base:WeightTransferEngine.__init__": (
+                "(self, config, vllm_config, device, model)"
+            ),
+            f"{_TRANSFER}.base:WeightTransferEngine.update_weights": "(self, update_info)",
+            f"{_TRANSFER}.base:WeightTransferEngine.finish_weight_update": "(self)",
+            f"{_LOADER}.reload.layerwise:initialize_layerwise_reload": "(model)",
+            f"{_LOADER}.reload.layerwise:finalize_layerwise_reload": "(*args, **kwargs)",
+            f"{_LOADER}.reload.layerwise:get_layerwise_info": "(layer)",
+        },
+        tested=COMPAT_VLLM,
+        delete_when="upstream has a backend for weights in a CPU's memory or in files",
+    ),
+    Patch(
+        name="worker",
+        target="vllm.v1.worker.cpu_worker:CPUWorker",
+        kind="subclass",
+        why=(
+            "upstream reloads layer by layer into the weights that serve: what fails on the way "
+            "leaves half of the model new and the rest without memory"
+        ),
+        how="a subclass of the live CPUWorker under the same name in its module",
+        expects={
+            "vllm.v1.worker.cpu_worker:CPUWorker": (
+                "(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker=False)"
+            ),
+            "vllm.v1.worker.gpu_worker:Worker.reload_weights": "(self, *args, **kwargs)",
+            "vllm.v1.worker.gpu_worker:Worker.update_weights": "(self, update_info)",
+            "vllm.v1.worker.gpu_worker:Worker.finish_weight_update": "(self)",
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights": (
+                "(self, weights_iterator=None, weights_path=None, is_checkpoint_format=True)"
+            ),
+        },
+        tested=COMPAT_VLLM,
+        delete_when="a failed reload of upstream's leaves the old weights in place",
     ),
 )
 

@@ -9,8 +9,10 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.parameter import BasevLLMParameter
 
 # Words that no real tensor holds throughout a row. That of packed codes has far-apart codes side by
@@ -30,6 +32,7 @@ KERNEL_LAYOUT = "tm_kernel_layout"
 """The attribute of parameters that are in kernel layout: no checkpoint's tensors go there."""
 
 _SHOWN = 8  # missing tensors that an error lists
+_SHAPE_NUMBERS = 2  # in the checkpoint's weight_shape: outputs and inputs
 _EXPERTS_DIM = 3  # dimensions of the parameters of experts
 
 
@@ -62,6 +65,15 @@ class Marked:
     layer: Layer
     name: str
     param: torch.Tensor
+
+
+def count_shapes(layer: Layer) -> None:
+    """Tells upstream's reload, which counts numbers to know when a layer is complete, that each
+    part of the layer brings the shape anew. It would take the layer for complete too early."""
+    params, _buffers = get_layerwise_info(layer.module).restore_metadata
+    shape = params.get(f"{layer.prefix}weight_shape")
+    if shape is not None:
+        vars(shape)["weight_loader_numel"] = _SHAPE_NUMBERS * len(layer.sources)
 
 
 def mark(layers: Iterable[Layer]) -> list[Marked]:
@@ -97,8 +109,13 @@ def refuse_missing(marked: Iterable[Marked]) -> None:
         for source in _missing_sources(entry)
     ]
     if lines:
-        shown = lines[:_SHOWN] + ([f"and {len(lines) - _SHOWN} more"] if lines[_SHOWN:] else [])
-        raise CheckpointError("missing in the checkpoint:\n  " + "\n  ".join(shown))
+        raise_missing(lines, "checkpoint")
+
+
+def raise_missing(lines: list[str], where: str) -> NoReturn:
+    """Raises CheckpointError: what the lines say is missing in `where`. Shows the first ones."""
+    shown = lines[:_SHOWN] + ([f"and {len(lines) - _SHOWN} more"] if lines[_SHOWN:] else [])
+    raise CheckpointError(f"missing in the {where}:\n  " + "\n  ".join(shown))
 
 
 def refuse_unfit(name: str, tensor: torch.Tensor, layers: Mapping[str, Layer]) -> None:
