@@ -6,6 +6,7 @@ import gc
 import re
 from pathlib import Path
 
+import float_llama
 import pytest
 import tiny_llama
 import tiny_moe
@@ -65,6 +66,18 @@ def quantized(kind, activations=None, **how):
     return make
 
 
+def floats(form):
+    """A checkpoint of float_llama."""
+
+    def make(path, seed):
+        state = float_llama.tensors(form, seed)
+        quantization = float_llama.quantization(form)
+        sizes = {"intermediate": float_llama.INTERMEDIATE}
+        tiny_llama.save(path, state, quantization=quantization, **sizes)
+
+    return make
+
+
 TOKEN = tiny_llama.int8_activations()
 STATIC = tiny_llama.int8_activations("asymmetric")
 BYTES = {"bits": 8, "packed": False, "group": -1}
@@ -80,6 +93,10 @@ MODELS = {
     "w8a16 channel experts": (quantized(tiny_moe, bits=8, group=-1), None),
     "w4a8 experts": (quantized(tiny_moe, packed=False, group=-1), None),
     "w8a8 experts": (quantized(tiny_moe, **BYTES), None),
+    **{
+        name: (floats(float_llama.FORMS[name]), None)
+        for name in ("tensor static", "block a16", "fp8 tensor", "fp8 block", "mxfp4", "nvfp4")
+    },
     "tm_w4a16": (plain("llama"), "tm_w4a16"),
     "tm_w4a16 biases": (plain("qwen2", tied=True), "tm_w4a16"),
     "tm_w4a8 experts": (plain("qwen3_moe"), "tm_w4a8"),
