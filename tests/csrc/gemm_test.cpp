@@ -56,7 +56,8 @@ const Widths& widths_of(const Mode& mode) {
 
 /// The width of the codes on disk: the kernel's own, narrower ones, 0 for bytes.
 int64_t code_bits(const Mode& mode, int turn) {
-  if (mode.bytes()) return 0;
+  if (mode.bytes() || mode.code == Code::e4m3) return 0;
+  if (mode.code == Code::e2m1) return turn % 2 ? 0 : 4;
   static constexpr int64_t kFour[] = {4, 3, 0, 4, 2}, kEight[] = {8, 5, 0, 7, 6};
   return mode.bits == 4 ? kFour[turn % 5] : kEight[turn % 5];
 }
@@ -80,8 +81,8 @@ void test_shapes() {
                   groups,
                   bits,
                   dtype,
-                  mode.kept() ? dtype : mode.bytes() ? DType::f32 : static_cast<DType>(turn / 3 % 3),
-                  bits != 0 && turn % 2 == 0,
+                  mode.scale_dtype(dtype, turn / 3),
+                  mode.zero_points() && bits != 0 && turn % 2 == 0,
                   turn % 3 == 0,
                   turn % 5 < 2 ? Edge::begin : Edge::end,
                   turn % 7 == 0 ? 5 : turn % 7 == 1 ? 2 : 1,
@@ -96,8 +97,8 @@ void test_threads() {
     for (int type = 0; type < 3; ++type)
       for (const int64_t rows : {1, 4, 40}) {
         const DType dtype = static_cast<DType>(type);
-        Case c{mode, rows, 100, 256, mode.bytes() ? 1 : 4, mode.bytes() ? 0 : mode.bits, dtype,
-               mode.bytes() ? DType::f32 : dtype, !mode.bytes(), true, Edge::end, 1, 0};
+        Case c{mode, rows, 100, 256, mode.bytes() ? 1 : 4, code_bits(mode, 0), dtype,
+               mode.scale_dtype(dtype, type), mode.zero_points(), true, Edge::end, 1, 0};
         Problem alone(c);
         c.threads = 5;
         Problem shared(c);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// bf16 and fp16 as bits, for the tests' plain reference: exact values only, nothing is rounded.
+// Narrow floats as bits, for the tests' plain reference: exact values only, nothing is rounded but by nearest_e4m3.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -40,7 +41,27 @@ inline void store(char* to, DType dtype, float v) {
   std::memcpy(to, &half, 2);
 }
 
+inline double e4m3_of(uint8_t bits) {
+  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  const double size = exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
+  return (bits & 127) == 127 ? NAN : bits & 128 ? -size : size;
+}
+
+inline double e2m1_of(int bits) {
+  static constexpr double kSizes[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+  return bits & 8 ? -kSizes[bits & 7] : kSizes[bits & 7];
+}
+
+/// The nearest e4m3 of what is within +-448, halves to even.
+inline double nearest_e4m3(double v) {
+  if (v == 0) return 0;
+  const double step = std::ldexp(1, std::max(std::ilogb(v) - 3, -9));
+  return std::nearbyint(v / step) * step;
+}
+
 inline double load(const char* from, DType dtype) {
+  if (dtype == DType::e8m0) return std::ldexp(1, static_cast<uint8_t>(*from) - 127);
+  if (dtype == DType::e4m3) return e4m3_of(static_cast<uint8_t>(*from));
   if (dtype == DType::f32) {
     float v;
     std::memcpy(&v, from, 4);

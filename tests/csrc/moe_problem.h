@@ -18,6 +18,7 @@ struct MoeCase {
   int threads;
   int64_t row_gap;  // elements between rows of x
 
+  int64_t x_group() const { return group ? mode.x_group(group) : 0; }
   bool gated() const { return Activation{kind, 0, 0, 0}.gated(); }
   std::string name(Isa isa) const {
     char text[240];
@@ -70,11 +71,8 @@ inline double activation(const Activation& a, double g, double u) {
 struct Row {
   std::vector<double> values, scales;
 
-  Row(const Mode& mode, std::vector<double> v, int64_t groups) : values(std::move(v)) {
-    const int64_t pieces = mode.activations == Activations::grouped ? groups : 1;
-    const int64_t width = static_cast<int64_t>(values.size()) / pieces;
-    for (int64_t p = 0; p < pieces; ++p)
-      scales.insert(scales.end(), groups / pieces, mode.kept() ? 1 : round_to_int8(mode, values.data() + p * width, width));
+  Row(const MoeCase& c, std::vector<double> v, int64_t groups, float given) : values(std::move(v)) {
+    scales = round_row(c.mode, values.data(), static_cast<int64_t>(values.size()), groups, c.x_group(), given);
   }
 };
 
@@ -82,22 +80,24 @@ struct Row {
 class ExpertWeights {
  public:
   /// `gate_up`: 0, or the number of gates among the rows.
-  ExpertWeights(const MoeCase& c, int64_t rows, int64_t k, int64_t gate_up, uint32_t seed)
+  ExpertWeights(const MoeCase& c, int64_t rows, int64_t k, int64_t gate_up, uint32_t seed, float x_scale)
       : c_(c),
         rows_(rows),
         gate_up_(gate_up),
         layout{gate_up ? 2 * ceil_div(gate_up, kTileN) * kTileN : rows, k, c.mode.bytes() || !c.group ? 1 : k / c.group,
-               c.mode.bits},
+               c.mode.bits, c.mode.code},
+        x_scale(x_scale),
         random_(seed) {
     for (auto* words : {&weight_, &zero_}) std::memset(words->data(), 0xFF, words->size() * 4);
     std::memset(scale_.data(), 0xFF, scale_.size());
-    std::memset(bias_.data(), 0xFF, bias_.size() * 4);  // NaN beside the real channels
+    // NaN beside the real channels
+    for (auto* floats : {&bias_, &channel_scale_}) std::memset(floats->data(), 0xFF, floats->size() * 4);
     for (int64_t e = 0; e < c.experts; ++e) fill(e);
   }
 
   Experts experts() const {
     return {layout, weight_.data(), scale_.data(), zero_.size() ? zero_.data() : nullptr,
-            bias_.size() ? bias_.data() : nullptr};
+            bias_.size() ? bias_.data() : nullptr, channel_scale_.size() ? channel_scale_.data() : nullptr, x_scale};
   }
   bool canary_intact() const { return weight_.canary_intact() && scale_.canary_intact() && zero_.canary_intact(); }
 
@@ -113,15 +113,15 @@ class ExpertWeights {
     for (int64_t g = 0; g < layout.groups; ++g) {
       double sum = 0, magnitude = 0;
       for (int64_t k = g * width; k < (g + 1) * width; ++k) {
-        const int q = q_[(e * rows_ + row) * layout.k + k], z = z_[first + g];
+        const double q = q_[(e * rows_ + row) * layout.k + k], z = z_[first + g];
         sum += x.values[k] * (q - z);
-        magnitude += std::fabs(x.values[k]) * (std::abs(q) + std::abs(z));
+        magnitude += std::fabs(x.values[k]) * (std::fabs(q) + std::fabs(z));
       }
       const double step = s_[first + g] * x.scales[g];
       y += sum * step;
-      absolute += std::fabs(step) * (c_.mode.kept() ? magnitude : std::fabs(sum));
+      absolute += std::fabs(step) * (c_.mode.as_integers() ? std::fabs(sum) : magnitude);
     }
-    const double steps = static_cast<double>((c_.mode.kept() ? width : 0) + layout.groups + 4);
+    const double steps = static_cast<double>((c_.mode.as_integers() ? 0 : width) + layout.groups + 6);
     return {y, kUnit * std::fabs(y) + std::min(steps, 6 * std::sqrt(steps)) * kUnit * absolute};
   }
 
@@ -135,20 +135,25 @@ class ExpertWeights {
 
   void fill(int64_t e) {
     const int64_t groups = layout.groups, bits = layout.bits, channels = layout.padded_n();
-    const int most = 1 << (bits - 1), significand = significand_bits(c_.scale_dtype);
+    const int most = 1 << (bits - 1);
     Guarded<int8_t> codes(rows_ * layout.k, c_.edge);
     Guarded<char> scale(rows_ * groups * scale_size_, c_.edge);
     Guarded<uint32_t> zero(c_.asymmetric ? ceil_div(rows_ * bits, 32) * groups : 0, c_.edge);
-    for (int64_t i = 0; i < codes.size(); ++i)
-      q_.push_back(codes[i] = static_cast<int8_t>(static_cast<int>(random_() % (2 * most)) - most));
+    for (int64_t i = 0; i < codes.size(); ++i) {
+      codes[i] = static_cast<int8_t>(c_.mode.random_weight(static_cast<uint32_t>(random_())));
+      q_.push_back(c_.mode.weight_of(codes[i]));
+    }
     for (int64_t i = 0; i < zero.size(); ++i) zero[i] = static_cast<uint32_t>(random_());
     // Results of about 1 for activations of about 1.
     const int exponent = std::ilogb(2 / (most * std::sqrt(static_cast<double>(layout.k)))) + 1;
+    if (c_.mode.channel_scale)
+      for (int64_t row = 0; row < rows_; ++row)
+        channel_scale_[e * channels + channel(row)] = std::ldexp(static_cast<float>(random_() % 1000 + 1000), -11);
     for (int64_t i = 0; i < rows_ * groups; ++i) {
-      const int64_t half = int64_t{1} << (significand - 1), number = half + static_cast<int64_t>(random_() % half);
-      const float s = std::ldexp(static_cast<float>(random_() % 2 ? number : -number), exponent - significand);
-      store(scale.data() + i * scale_size_, c_.scale_dtype, s);
-      s_.push_back(s);
+      char* const to = scale.data() + i * scale_size_;
+      store_scale(to, exponent);
+      const double channel_scale = c_.mode.channel_scale ? channel_scale_[e * channels + channel(i / groups)] : 1;
+      s_.push_back(load(to, c_.scale_dtype) * channel_scale);
       z_.push_back(c_.asymmetric ? stream_bits(zero.data() + i % groups, groups, i / groups * bits, bits) - most : 0);
     }
     if (c_.bias)
@@ -164,11 +169,27 @@ class ExpertWeights {
          pool_of(c_.threads));
   }
 
+  /// A random scale with this exponent or the next lower one; e4m3, which has few: up to two more.
+  void store_scale(char* to, int exponent) {
+    if (c_.scale_dtype == DType::e8m0) {
+      *to = static_cast<char>(127 + exponent - random_() % 2);
+    } else if (c_.scale_dtype == DType::e4m3) {
+      const uint32_t top = static_cast<uint32_t>(std::max(exponent + 7, 1)) << 3;
+      *to = static_cast<char>((top + random_() % 16) | (random_() % 2) << 7);
+    } else {
+      const int significand = significand_bits(c_.scale_dtype);
+      const int64_t half = int64_t{1} << (significand - 1), number = half + static_cast<int64_t>(random_() % half);
+      store(to, c_.scale_dtype,
+            std::ldexp(static_cast<float>(random_() % 2 ? number : -number), exponent - significand));
+    }
+  }
+
   const MoeCase& c_;
   const int64_t rows_, gate_up_;
 
  public:
   const Layout layout;
+  const float x_scale;  // fixed activations
 
  private:
   std::mt19937 random_;
@@ -180,8 +201,10 @@ class ExpertWeights {
                                           : 0,
                           c_.edge};
   Guarded<float> bias_{c_.bias ? channels_ : 0, c_.edge};
-  std::vector<int> q_, z_;  // [experts, rows, k], [experts, rows, groups]
-  std::vector<double> s_;   // [experts, rows, groups]
+  Guarded<float> channel_scale_{c_.mode.channel_scale ? channels_ : 0, c_.edge};
+  std::vector<double> q_;  // [experts, rows, k]
+  std::vector<int> z_;     // [experts, rows, groups]
+  std::vector<double> s_;  // [experts, rows, groups], times the channel's
 };
 
 /// The tensors of one case.
@@ -209,7 +232,7 @@ class MoeProblem {
 
   void run(Isa isa, char* y) const {
     moe({c.tokens, c.top_k, c.experts, c.intermediate, c.dtype, c.scale_dtype, c.mode.activations, x_.data(), x_stride_,
-         w13_.experts(), w2_.experts(), activation_, weights_.data(), ids_.data(), y},
+         w13_.experts(), w2_.experts(), activation_, weights_.data(), ids_.data(), y, c.x_group()},
         isa, pool_of(c.threads));
   }
 
@@ -217,7 +240,7 @@ class MoeProblem {
   std::vector<Bounded> expected(int64_t t) const {
     std::vector<double> x;
     for (int64_t k = 0; k < c.hidden; ++k) x.push_back(load(x_at(t, k), c.dtype));
-    const Row row(c.mode, x, w13_.layout.groups);
+    const Row row(c, x, w13_.layout.groups, w13_.x_scale);
     std::vector<Bounded> y(c.hidden);
     std::vector<double> magnitude(c.hidden);
     for (int64_t slot = 0; slot < c.top_k; ++slot) {
@@ -228,7 +251,7 @@ class MoeProblem {
       std::vector<double> values;
       for (const Bounded& one : h)
         values.push_back(c.mode.kept() ? rounded(one.value, c.dtype) : static_cast<float>(one.value));
-      const Row h_row(c.mode, values, w2_.layout.groups);
+      const Row h_row(c, values, w2_.layout.groups, w2_.x_scale);
       const std::vector<double> moved = moved_by_rounding(h, h_row);
       for (int64_t n = 0; n < c.hidden; ++n) {
         Bounded down = w2_.dot(e, n, h_row);
@@ -272,23 +295,29 @@ class MoeProblem {
   std::vector<double> moved_by_rounding(const std::vector<Bounded>& h, const Row& row) const {
     std::vector<double> moved;
     const int64_t count = static_cast<int64_t>(h.size()), width = count / w2_.layout.groups;
-    const int64_t piece = c.mode.activations == Activations::grouped ? width : count;
+    const int64_t piece = c.mode.activations == Activations::grouped ? std::max(width, c.x_group()) : count;
+    const bool integer = c.mode.integer(), fixed = c.mode.activations == Activations::fixed;
     for (int64_t i = 0; i < count; ++i) {
       if (c.mode.kept()) {
         moved.push_back(rounded(h[i].value + h[i].off, c.dtype) - rounded(h[i].value - h[i].off, c.dtype));
         continue;
       }
       // The scale moves with the largest value, and every quotient with it.
-      double largest = 0x1p-126, off = 0;
-      for (int64_t j = i / piece * piece; j < (i / piece + 1) * piece; ++j) {
+      double largest = integer ? 0x1p-126 : 1.0 / 512, off = 0;
+      for (int64_t j = i / piece * piece; j < std::min((i / piece + 1) * piece, count); ++j) {
         largest = std::max(largest, std::fabs(h[j].value));
         off = std::max(off, h[j].off);
       }
       const double scale = row.scales[i / width], size = std::fabs(h[i].value);
+      if (fixed) off = 0;  // as is the scale
       const double wide = h[i].off + size * (off / largest + 4 * kUnit);
-      const auto code = [&](double v) { return std::nearbyint(std::clamp(v / scale, -128.0, 127.0)); };
+      const auto code = [&](double v) {
+        return integer ? std::nearbyint(std::clamp(v / scale, -128.0, 127.0))
+                       : nearest_e4m3(std::clamp(v / scale, -448.0, 448.0));
+      };
+      const double low = code(h[i].value - wide) * scale, high = code(h[i].value + wide) * scale;
       const double scale_off = off / largest + off / largest + 4 * kUnit;
-      moved.push_back((code(h[i].value + wide) - code(h[i].value - wide)) * scale + size * scale_off);
+      moved.push_back(high - low + std::max({size, std::fabs(low), std::fabs(high)}) * scale_off);
     }
     return moved;
   }
@@ -296,8 +325,9 @@ class MoeProblem {
   int64_t x_stride_ = c.hidden + c.row_gap;
   // Limits that a fifth of the values meet.
   Activation activation_{c.kind, 1.3f, c.kind == ActivationKind::swiglu ? 1.0f : 0.9f, 1.25f};
-  ExpertWeights w13_{c, c.gated() ? 2 * c.intermediate : c.intermediate, c.hidden, c.gated() ? c.intermediate : 0, 1};
-  ExpertWeights w2_{c, c.hidden, c.intermediate, 0, 2};
+  ExpertWeights w13_{c, c.gated() ? 2 * c.intermediate : c.intermediate, c.hidden, c.gated() ? c.intermediate : 0, 1,
+                     0.0035f};
+  ExpertWeights w2_{c, c.hidden, c.intermediate, 0, 2, 0.0047f};
   Guarded<char> x_{((c.tokens - 1) * x_stride_ + c.hidden) * size(), c.edge};
   Guarded<float> weights_{c.tokens * c.top_k, c.edge};
   Guarded<int32_t> ids_{c.tokens * c.top_k, c.edge};

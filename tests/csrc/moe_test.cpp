@@ -38,9 +38,11 @@ void run_case(const MoeCase& c) {
   });
 }
 
-/// Scales that a mode takes: of the activations' dtype where they are kept, fp32 for bytes.
-DType scale_dtype(const Mode& mode, DType dtype, int turn) {
-  return mode.kept() ? dtype : mode.bytes() ? DType::f32 : static_cast<DType>(turn % 3);
+/// Calls run(mode) for those that experts have: activations that are integers are symmetric.
+template <class Run>
+void on_every_mode(const Run& run) {
+  for (const Mode& mode : kModes)
+    if (mode.x_symmetric) run(mode);
 }
 
 }  // namespace
@@ -52,10 +54,9 @@ void test_moe_shapes() {
   static constexpr std::array<std::array<int64_t, 3>, 6> kEight = {
       {{4, 4, 4}, {40, 24, 4}, {36, 60, 12}, {96, 136, 8}, {37, 21, 0}, {130, 33, 0}}};
   int turn = 0;
-  for (int m = 0; m < 5; ++m)
+  on_every_mode([&](const Mode& mode) {
     for (const int64_t tokens : {1, 2, 3, 9, 40})
-      for (const auto& [hidden, intermediate, group] : kModes[m].bits == 4 ? kFour : kEight) {
-        const Mode& mode = kModes[m];
+      for (const auto& [hidden, intermediate, group] : mode.bits == 4 ? kFour : kEight) {
         const DType dtype = static_cast<DType>((turn + turn / 6) % 3);
         run_case({mode,
                   tokens,
@@ -65,8 +66,8 @@ void test_moe_shapes() {
                   intermediate,
                   group,
                   dtype,
-                  scale_dtype(mode, dtype, turn / 5),
-                  !mode.bytes() && turn % 2 == 0,
+                  mode.scale_dtype(dtype, turn / 5),
+                  mode.zero_points() && turn % 2 == 0,
                   turn % 3 != 1,
                   static_cast<ActivationKind>((turn + turn / 9) % kKinds),
                   turn % 5 < 2 ? Edge::begin : Edge::end,
@@ -74,14 +75,15 @@ void test_moe_shapes() {
                   turn % 4 == 3 ? 3 : 0});
         ++turn;
       }
+  });
 }
 
 void test_moe_threads() {
-  for (int m = 0; m < 5; ++m)
+  int turn = 0;
+  on_every_mode([&](const Mode& mode) {
     for (const int64_t tokens : {1, 5, 60}) {
-      const Mode& mode = kModes[m];
-      const DType dtype = static_cast<DType>((m + tokens) % 3);
-      MoeCase c{mode,      tokens, 3,    5,    100, 136, 0, dtype, scale_dtype(mode, dtype, m), !mode.bytes(),
+      const DType dtype = static_cast<DType>((turn + tokens) % 3);
+      MoeCase c{mode,      tokens, 3,    5,    100, 136, 0, dtype, mode.scale_dtype(dtype, turn), mode.zero_points(),
                 tokens > 1, ActivationKind::swiglu, Edge::end, 1, 0};
       const MoeProblem alone(c);
       c.threads = 5;
@@ -97,6 +99,8 @@ void test_moe_threads() {
         if (want != first || want != second) fail("not the same on several threads: " + c.name(isa));
       });
     }
+    ++turn;
+  });
 }
 
 }  // namespace test
