@@ -92,6 +92,18 @@ def test_groups_of_activations_may_be_longer_than_those_of_weights(isa: str, row
     assert ((layer(x).double() - other).abs() > allowed).any()
 
 
+@pytest.mark.parametrize("size", [80, 100, 2**63 - 1])
+def test_a_group_of_activations_may_be_a_whole_row(isa: str, size: int) -> None:
+    """K and more is one group, whatever those of the weights; it is divided by its scale."""
+    layer = make_layer("fp8_group", 33, 80, 16, torch.bfloat16)
+    layer = dataclasses.replace(layer, x_group_size=size)
+    x = make_x(9, 80, torch.bfloat16)
+    y, allowed = dataclasses.replace(layer, x_group_size=80).oracle(x)
+    assert ((layer(x).double() - y).abs() <= allowed).all()
+    other, _ = dataclasses.replace(layer, x_group_size=16).oracle(x)
+    assert ((layer(x).double() - other).abs() > allowed).any()
+
+
 def test_subnormals_do_not_hang_on_the_callers_settings(isa: str) -> None:
     """A process that flushes subnormals to zero gets the same results from these weights."""
     layer = make_layer("fp8_token", 33, 64, 32, torch.bfloat16)
