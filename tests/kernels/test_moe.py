@@ -102,12 +102,16 @@ GRID = pairwise(
     **AXES,
 )
 # The same drivers and activations run weights that are floats: pairs are enough of what is theirs.
-GRID += pairwise(
-    mode_and_dtype=[(mode, dtype) for mode in FLOATS for dtype in DTYPES],
-    activation=(*ACTIVATIONS[:2], ACTIVATIONS[-1]),
-    long_x_groups=(False, True),
-    **{**AXES, "experts": EXPERTS_AND_TOP_K[2::3], "tokens": TOKENS[::2]},
-)
+GRID += [
+    {"mode_and_dtype": (case["mode"], case["dtype"]), **case}
+    for case in pairwise(
+        mode=FLOATS,
+        dtype=DTYPES,
+        activation=(*ACTIVATIONS[:2], ACTIVATIONS[-1]),
+        long_x_groups=(False, True),
+        **{**AXES, "experts": EXPERTS_AND_TOP_K[2::3], "tokens": TOKENS[::2]},
+    )
+]
 
 
 def _size(case: dict[str, Any]) -> tuple[int, int, int]:
