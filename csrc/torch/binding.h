@@ -92,6 +92,15 @@ inline cpu::Activations activations_of(const char* op, const char* name, const s
   return cpu::Activations::grouped;
 }
 
+/// The one scale of a product's activations.
+inline float x_scale_of(const char* op, const char* name, const Tensor& scale) {
+  check(op, name, scale, ScalarType::Float, {1});
+  const float value = *static_cast<const float*>(scale.const_data_ptr());
+  STD_TORCH_CHECK(value > 0 && value <= 3.4e38f, op, ": argument '", name,
+                  "': expected a positive finite number, given ", value);
+  return value;
+}
+
 /// The dtype of scales of one byte.
 inline cpu::DType byte_scale(const char* op, const std::string& type) {
   if (type == "e8m0") return cpu::DType::e8m0;

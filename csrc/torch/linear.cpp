@@ -34,10 +34,7 @@ void round_x(const char* op, Gemm& args, const std::string& rounding, const Mayb
   STD_TORCH_CHECK((args.activations == Activations::fixed) == x_scale.has_value(), op,
                   ": argument 'x_scale': expected one where x_rounding is 'tensor' and none else, x_rounding is '",
                   rounding, "'");
-  if (x_scale) {
-    check(op, "x_scale", *x_scale, ScalarType::Float, {1});
-    args.x_scale = *static_cast<const float*>(x_scale->const_data_ptr());
-  }
+  if (x_scale) args.x_scale = x_scale_of(op, "x_scale", *x_scale);
   if (args.activations != Activations::grouped) return;
   const int64_t width = k / args.layout.groups;
   STD_TORCH_CHECK(x_group_size == -1 || x_group_size >= k || (x_group_size > 0 && x_group_size % width == 0), op,
@@ -131,12 +128,7 @@ Tensor w8a8_linear(Tensor x, Tensor weight, Tensor scale, Tensor weight_sum, May
   const int64_t most_k = (x_symmetric && !x_zero_point) ? 131071 : 65793;
   STD_TORCH_CHECK(args.layout.k <= most_k, kOp, ": argument 'x': expected K of at most ", most_k,
                   x_zero_point || !x_symmetric ? " with zero points" : "", ", given ", args.layout.k);
-  if (x_scale) {
-    check(kOp, "x_scale", *x_scale, ScalarType::Float, {1});
-    args.x_scale = *static_cast<const float*>(x_scale->const_data_ptr());
-    STD_TORCH_CHECK(args.x_scale > 0 && args.x_scale <= 3.4e38f, kOp,
-                    ": argument 'x_scale': expected a positive finite number, given ", args.x_scale);
-  }
+  if (x_scale) args.x_scale = x_scale_of(kOp, "x_scale", *x_scale);
   if (x_zero_point) {
     check(kOp, "x_zero_point", *x_zero_point, ScalarType::Int, {1});
     args.x_zero_point = *static_cast<const int32_t*>(x_zero_point->const_data_ptr());

@@ -178,9 +178,7 @@ Tensor w8a8_moe(TM_MOE_PARAMETERS(Tensor)) {
 float one_scale(const char* op, const char* name, const MaybeTensor& scale, const std::string& rounding) {
   STD_TORCH_CHECK((rounding == "tensor") == scale.has_value(), op, ": argument '", name,
                   "': expected one where x_rounding is 'tensor' and none else, x_rounding is '", rounding, "'");
-  if (!scale) return 0;
-  check(op, name, *scale, ScalarType::Float, {1});
-  return *static_cast<const float*>(scale->const_data_ptr());
+  return scale ? x_scale_of(op, name, *scale) : 0;
 }
 
 Tensor fp8_moe(TM_MOE_PARAMETERS(MaybeTensor), std::string x_rounding, MaybeTensor w13_x_scale, MaybeTensor w2_x_scale,

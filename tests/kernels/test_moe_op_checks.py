@@ -142,6 +142,7 @@ def _float_errors(name: str, op: str, channels: int, k: int) -> list[Row]:
         (x_scale, torch.ones(2), "[1]", "[2]"),
         (x_scale, torch.tensor(1.0), "[1]", "[]"),
         (x_scale, lambda s: s.double(), "Float", "Double"),
+        (x_scale, lambda s: s / 0, "positive finite", "given inf"),
     ]
 
 

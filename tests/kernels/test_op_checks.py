@@ -94,6 +94,9 @@ FP8_ERRORS: list[Row] = [
     ("x_scale", torch.tensor(1.0), "[1]", "[]"),
     ("x_scale", lambda s: s.double(), "Float", "Double"),
     ("x_scale", lambda s: s.bfloat16(), "Float", "BFloat16"),
+    ("x_scale", lambda s: s * 0, "positive finite", "given 0"),
+    ("x_scale", lambda s: -s, "positive finite", "given -"),
+    ("x_scale", lambda s: s * float("nan"), "positive finite", "nan"),
 ]
 FP4_ERRORS: list[Row] = [
     ("scale", lambda s: s.view(torch.int8), "Byte", "Char"),
