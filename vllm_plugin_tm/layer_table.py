@@ -14,6 +14,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 
 from vllm_plugin_tm.kernels import ops
+from vllm_plugin_tm.quantization.compressed_tensors.compressed_tensors_embedding import (
+    TMEmbeddingWNA16,
+)
 from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_w4a8_int import (
     TMW4A8IntLinearKernel,
 )
@@ -157,6 +160,9 @@ def _describe(
     kernel = _kernel_of(module)
     if isinstance(kernel, TMKernel):
         return scheme, type(kernel).__name__, True, ops.get_isa(), kernel.group_size, kernel.note
+    if isinstance(method, TMEmbeddingWNA16):
+        note = "rows are unpacked as they are looked up"
+        return scheme, TMEmbeddingWNA16.__name__, True, "", None, note
     if isinstance(kernel, MPLinearKernel | Int8ScaledMMLinearKernel | FP8ScaledMMLinearKernel):
         return scheme, type(kernel).__name__, False, "", None, _why_not(kernel)
     if scheme.startswith("Unquantized"):

@@ -148,12 +148,13 @@ PATCHES: tuple[Patch, ...] = (
         kind="subclass",
         why=(
             "upstream brings the scales of fused FP8 tensors to one by an op that CPUs lack, fails "
-            "on FP8 blocks under kept activations, and takes one second scale for all parts of a "
-            "fused NVFP4 layer"
+            "on FP8 blocks under kept activations, takes one second scale for all parts of a fused "
+            "NVFP4 layer, and looks packed embeddings up by Triton"
         ),
         how=(
             "subclasses of the live classes CompressedTensorsW8A8Fp8, CompressedTensorsW8A16Fp8, "
-            "CompressedTensorsW4A4Fp4 and Fp8LinearMethod, where upstream looks them up"
+            "CompressedTensorsW4A4Fp4, CompressedTensorsEmbeddingWNA16Int and Fp8LinearMethod, "
+            "where upstream looks them up"
         ),
         expects={
             f"{_QUANTIZATION}.fp8:Fp8LinearMethod": "(quant_config)",
@@ -167,6 +168,8 @@ PATCHES: tuple[Patch, ...] = (
             f"{_CT}:CompressedTensorsW8A8Fp8.process_weights_after_loading": "(self, layer)",
             f"{_CT}:CompressedTensorsW8A16Fp8": "(weight_quant, is_static_input_scheme)",
             f"{_CT}:CompressedTensorsW8A16Fp8.process_weights_after_loading": "(self, layer)",
+            f"{_CT}:CompressedTensorsEmbeddingWNA16Int": "(weight_quant)",
+            f"{_CT}:CompressedTensorsEmbeddingWNA16Int.embedding": "(self, layer, input_)",
             f"{_CT}:CompressedTensorsW4A4Fp4": "(use_a16=False)",
             f"{_CT}:CompressedTensorsW4A4Fp4.process_weights_after_loading": "(self, layer)",
         },
