@@ -16,6 +16,7 @@ from vllm_plugin_tm.bench.cases import (
 )
 from vllm_plugin_tm.bench.figures import Figures
 from vllm_plugin_tm.bench.results import PackRow, Report
+from vllm_plugin_tm.bench.schemes import FAMILIES
 
 F = TypeVar("F", bound=Figures)
 
@@ -138,6 +139,22 @@ _OTHERS = (
     ),
     _OfRows(Goal("w8a8", "M>=256: of the dot peak", 0.90, 0.97, True), _from(256), _dot),
 )
+_FLOATS = (
+    *(
+        _OfRows(goal, rows, figure)
+        for scheme in FAMILIES["fp8"]
+        for goal, rows, figure in (
+            (Goal(scheme, "M=1: of read bandwidth", 0.80, 0.92, True), _at(1), _read),
+            (Goal(scheme, "M>=128: of the dot peak", 0.80, 0.92, True), _from(128), _dot),
+        )
+    ),
+    # Upstream has a kernel for this one only.
+    _OfRows(Goal("fp8-w8a8", "M=1: times upstream", 2.0, None), _at(1), _over(UPSTREAM)),
+    *(
+        _OfRows(Goal(scheme, "M=1: of read bandwidth", 0.75, 0.90, True), _at(1), _read)
+        for scheme in FAMILIES["fp4"]
+    ),
+)
 
 # Of routed experts: bytes are those of the experts touched; T=1 and a few tokens are bound by
 # memory, where bf16 has four or two times as much to read.
@@ -161,6 +178,10 @@ _EXPERTS = tuple(
         ),
         ("T=1024: of the dot peak", of_dot, 0.85, True, _at(1024), _dot),
     )
+) + tuple(
+    _OfRows(Goal(scheme, "experts, T=1: of read bandwidth", 0.70, 0.85, True), _at(1), _read)
+    for family in FAMILIES.values()
+    for scheme in family
 )
 
 # Ratio of an engine of end_to_end.py with the plugin to another: (plugin's, what, other) -> goal.
@@ -191,7 +212,7 @@ def of_kernels(reports: Iterable[Report]) -> list[Outcome]:
     outcomes = [_outcome(of, large) for of in _W4A16]
     outcomes.append(Outcome(_PACKING, tuple((p.gbps, _words(p)) for p in packs)))
     outcomes.append(Outcome(_RESIDENT, tuple((1 / p.resident_ratio, _words(p)) for p in packs)))
-    outcomes += [_outcome(of, every if of.every_shape else large) for of in _OTHERS]
+    outcomes += [_outcome(of, every if of.every_shape else large) for of in (*_OTHERS, *_FLOATS)]
     return [outcome for outcome in outcomes if outcome.figures]
 
 

@@ -11,11 +11,23 @@ from vllm_plugin_tm.quantization.support_matrix import CHANNEL
 
 needs_extension = pytest.mark.skipif(not ops.is_available(), reason="extension not built")
 SMALL_CACHE = 4096  # keeps the rotating sets small
+
+
+def symmetries(name):
+    """Those of a scheme: small floats have no zero points."""
+    return (True,) if SCHEMES[name].floats else (True, False)
+
+
+def small_group(name):
+    """A group size of a scheme that divides small matrices."""
+    return SCHEMES[name].groups[0] if SCHEMES[name].groups else 32
+
+
 FORMATS = [
     Format(group, symmetric, dtype, name)
     for name, scheme in SCHEMES.items()
-    for group in ((32, CHANNEL) if scheme.grouped else (CHANNEL,))
-    for symmetric in (True, False)
+    for group in (scheme.groups or (32, CHANNEL))
+    for symmetric in symmetries(name)
     for dtype in DTYPES
 ]
 

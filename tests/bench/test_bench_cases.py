@@ -7,7 +7,7 @@ import pytest
 
 from vllm_plugin_tm.bench import cases, options
 from vllm_plugin_tm.bench.cases import Case, Format
-from vllm_plugin_tm.bench.schemes import SCHEMES
+from vllm_plugin_tm.bench.schemes import DEFAULT_SCHEMES, SCHEMES
 from vllm_plugin_tm.quantization.support_matrix import CHANNEL
 
 
@@ -36,6 +36,50 @@ def test_default_run_covers_every_scheme(scheme, usual, others):
     assert len(run) == len(set(run))
 
 
+@pytest.mark.parametrize(
+    ("family", "usual"),
+    [
+        ("fp8", {"fp8-w8a8": CHANNEL, "fp8-block": 128, "fp8-w8a16": CHANNEL}),
+        ("fp4", {"mxfp4": 32, "nvfp4": 16}),
+    ],
+)
+def test_small_floats_are_measured_when_asked_for(family, usual):
+    assert {c.format.scheme for c in cases.default_cases()} == set(DEFAULT_SCHEMES)
+    asked = options.schemes(family)
+    assert asked == tuple(usual)
+    run = cases.default_cases(asked)
+    for scheme, group in usual.items():
+        for n, k in cases.SHAPES:
+            fitted = 64 if (k, group) == (576, 128) else group
+            form = Format(fitted, scheme=scheme)
+            assert {c.m for c in run if (c.n, c.k, c.format) == (n, k, form)} == set(cases.BATCHES)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "more", "message"),
+    [
+        ("mxfp4", {"group_sizes": (16,)}, "mxfp4 with group size 16: the format's .* is 32"),
+        ("nvfp4", {"group_sizes": (CHANNEL,)}, "nvfp4 with group size channel: .* is 16"),
+        ("fp8-w8a8", {"group_sizes": (64,)}, "fp8-w8a8 with group size 64: .* is channel"),
+        ("fp8-block", {"symmetries": (False,)}, "fp8-block: small floats have no zero points"),
+    ],
+)
+def test_formats_that_small_floats_lack_are_refused(scheme, more, message):
+    with pytest.raises(ValueError, match=message):
+        cases.chosen_cases((scheme,), ((64, 64),), (1,), **more)
+
+
+def test_a_group_that_the_format_fixes_does_not_give_way():
+    with pytest.raises(ValueError, match=r"shape 64x72 with group size 16: .* K=72"):
+        cases.chosen_cases(("nvfp4",), ((64, 72),), (1,))
+
+
+def test_small_floats_take_the_symmetric_part_of_both():
+    chosen = cases.chosen_cases(("w4a16", "mxfp4"), ((64, 64),), (1,), symmetries=(True, False))
+    found = [(c.format.scheme, c.format.symmetric) for c in chosen]
+    assert found == [("w4a16", True), ("w4a16", False), ("mxfp4", True)]
+
+
 def test_goals_for_prefill_are_measured_in_every_format():
     for form in {c.format for c in cases.default_cases() if (c.n, c.k) in cases.LARGE}:
         batches = {c.m for c in cases.default_cases() if c.format == form}
@@ -55,9 +99,12 @@ def test_quick_run_is_a_fraction_of_the_default_one():
 
 
 def test_schemes_are_named_by_their_widths():
-    for name, scheme in SCHEMES.items():
+    for name in DEFAULT_SCHEMES:
+        scheme = SCHEMES[name]
         assert name == f"w{scheme.weight_bits}a{8 if scheme.integer_activations else 16}"
         assert Format(scheme=name).name.startswith(f"{scheme.title}, group 128")
+    assert Format(16, scheme="nvfp4").name == "NVFP4, group 16, bf16"
+    assert Format(CHANNEL, scheme="fp8-w8a8").name == "FP8 W8A8, group channel, bf16"
 
 
 def test_flops_and_activation_bytes():
@@ -99,7 +146,8 @@ def test_group_that_was_not_asked_for_gives_way(scheme, group):
         (options.batches, "1,16", (1, 16)),
         (options.group_sizes, "32,channel", (32, CHANNEL)),
         (options.schemes, "w8a8,W4A16", ("w8a8", "w4a16")),
-        (options.schemes, "all", ("w4a16", "w8a16", "w4a8", "w8a8")),
+        (options.schemes, "all", tuple(SCHEMES)),
+        (options.schemes, "fp4,w4a16,NVFP4", ("mxfp4", "nvfp4", "w4a16")),
         (options.dtypes, "bf16,f32", ("bf16", "f32")),
         (options.kernels, "tm,upstream-w8a8", ("tm", "upstream-w8a8")),
         (options.threads, "2", 2),
@@ -146,8 +194,8 @@ def test_options_are_understood(parse, text, value):
         (
             options.schemes,
             "w8a88",
-            "'w8a88' is not a known scheme; known are w4a16, w8a16, w4a8, w8a8, all; "
-            "did you mean w8a8?",
+            "'w8a88' is not a known scheme; known are w4a16, w8a16, w4a8, w8a8, "
+            "fp8-w8a8, fp8-block, fp8-w8a16, mxfp4, nvfp4, fp8, fp4, all; did you mean w8a8?",
         ),
         (options.schemes, "w8a8,all", "'w8a8,all': all stands alone"),
         (options.threads, "-1", "'-1' is not a number of threads, for example 2"),

@@ -33,9 +33,9 @@ def test_guard_refuses_a_scale_that_is_one_percent_off(dtype, which):
 
 @needs_extension
 @pytest.mark.parametrize(
-    "form", [f for f in FORMATS if f.facts.integer_activations], ids=format_name
+    "form", [f for f in FORMATS if f.facts.rounds_activations], ids=format_name
 )
-def test_guard_holds_our_integers_to_the_bound_of_the_dtype(form):
+def test_guard_holds_our_rounding_to_the_bound_of_the_dtype(form):
     layer = random_weights(136, 64, form)
     peer = _scaled(peers.ours(layer, ops.get_isa(), SMALL_CACHE), 1.01)
     with pytest.raises(guard.WrongResultError, match=r"tm .* computes a wrong result"):

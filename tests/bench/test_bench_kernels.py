@@ -7,14 +7,13 @@ import json
 
 import pytest
 import torch
-from bench_formats import needs_extension
+from bench_formats import needs_extension, small_group, symmetries
 
 from vllm_plugin_tm.bench import guard, limits, peers, runner, timing, upstream
 from vllm_plugin_tm.bench.cases import Case, Format
 from vllm_plugin_tm.bench.schemes import SCHEMES
 from vllm_plugin_tm.cli import bench, main
 from vllm_plugin_tm.kernels import ops
-from vllm_plugin_tm.quantization.support_matrix import CHANNEL
 
 
 @needs_extension
@@ -77,18 +76,15 @@ def test_a_wrong_peer_is_listed_and_a_peer_that_cannot_is_too():
 @pytest.mark.usefixtures("small_machine")
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_run_of_each_scheme(scheme):
-    group = 32 if SCHEMES[scheme].grouped else CHANNEL
-    formats = [Format(group, symmetric, scheme=scheme) for symmetric in (True, False)]
+    group = small_group(scheme)
+    formats = [Format(group, symmetric, scheme=scheme) for symmetric in symmetries(scheme)]
     report = runner.run(_plan(cases=tuple(Case(64, 64, 3, form) for form in formats)))
     found = [(row.format, row.kernel) for row in report.rows]
-    even, odd = formats
-    assert found == [
-        (even, "tm"),
-        (even, "torch"),
-        (odd, "tm"),
-        (even, "tm-symmetric"),
-        (odd, "torch"),
-    ]
+    even, *others = formats
+    expected = [(even, "tm"), (even, "torch")]
+    for odd in others:
+        expected += [(odd, "tm"), (even, "tm-symmetric"), (odd, "torch")]
+    assert found == expected
     assert [pack.format for pack in report.packing] == formats
     assert all(row.limits.dot_kind for row in report.rows)
 
@@ -114,8 +110,7 @@ def test_upstreams_w8a8_is_measured_beside_w4a8_only(monkeypatch, scheme, beside
         return dataclasses.replace(peers.torch_linear(layer, llc_bytes), name="upstream-w8a8")
 
     monkeypatch.setattr(upstream, "upstream_w8a8", made)
-    group = 32 if SCHEMES[scheme].grouped else CHANNEL
-    case = Case(64, 64, 1, Format(group, scheme=scheme))
+    case = Case(64, 64, 1, Format(small_group(scheme), scheme=scheme))
     report = runner.run(_plan(cases=(case,), kernels=("tm", "upstream-w8a8")))
     assert ("upstream-w8a8" in [row.kernel for row in report.rows]) is beside
 
@@ -194,7 +189,8 @@ def test_the_command_refuses_what_cannot_run_here(options, message, capsys):
         (["--scheme", "w8a8,w4a8"], ["w8a8", "w4a8"]),
         (["--quick"], ["w4a16"]),
         (["--m", "1"], ["w4a16"]),
-        (["--quick", "--scheme", "all"], ["w4a16", "w8a16", "w4a8", "w8a8"]),
+        (["--quick", "--scheme", "all"], list(SCHEMES)),
+        (["--quick", "--scheme", "fp4"], ["mxfp4", "nvfp4"]),
     ],
 )
 def test_the_command_chooses_schemes(options, schemes):

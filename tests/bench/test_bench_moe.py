@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from bench_formats import SMALL_CACHE, needs_extension
+from bench_formats import SMALL_CACHE, needs_extension, small_group, symmetries
 
 from vllm_plugin_tm.bench import guard, moe_cases, moe_peers, moe_runner, moe_weights, options
 from vllm_plugin_tm.bench.cases import DTYPES, Format
@@ -23,13 +23,13 @@ SMALL = Layer("small", 6, 64, 96, 2)
 
 
 def _format(scheme, symmetric=True, dtype="bf16"):
-    return Format(32 if SCHEMES[scheme].grouped else CHANNEL, symmetric, dtype, scheme)
+    return Format(small_group(scheme), symmetric, dtype, scheme)
 
 
 FORMATS = [
     _format(scheme, symmetric, dtype)
     for scheme, facts in SCHEMES.items()
-    for symmetric in ((True, False) if facts.grouped else (True,))
+    for symmetric in (symmetries(scheme) if facts.grouped else (True,))
     for dtype in DTYPES
 ]
 
@@ -67,6 +67,20 @@ def test_a_group_that_was_not_asked_for_gives_way_and_another_is_refused():
     assert case.format.group_size == 32
     with pytest.raises(ValueError, match="layer odd with group size 128: its inputs, 128 and 96"):
         moe_cases.chosen_cases(("w4a16",), layers, (1,), (128,))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "more", "message"),
+    [
+        ("mxfp4", {"group_sizes": (16,)}, "mxfp4 of routed experts, group size 16: .* is 32"),
+        ("fp8-w8a8", {"group_sizes": (32,)}, "fp8-w8a8 of routed experts, .* is channel"),
+        ("nvfp4", {"symmetries": (False,)}, "nvfp4: small floats have no zero points"),
+        ("mxfp4", {"layers": (Layer("odd", 4, 64, 48, 2),)}, "layer odd with group size 32"),
+    ],
+)
+def test_formats_that_small_floats_lack_are_refused(scheme, more, message):
+    with pytest.raises(ValueError, match=message):
+        moe_cases.chosen_cases((scheme,), **{"layers": (SMALL,), "tokens": (1,), **more})
 
 
 @pytest.mark.parametrize("more", [{"group_sizes": (32,)}, {"symmetries": (False,)}])
@@ -175,6 +189,10 @@ _WEIGHTS, _GROUPS = 3 * 64 * 96, 192 * 2 + 64 * 3
         (_format("w4a16", False), _WEIGHTS / 2 + 2.5 * _GROUPS),
         (_format("w8a16"), _WEIGHTS + 2 * _GROUPS),
         (_format("w8a8"), _WEIGHTS + 8 * (192 + 64)),
+        (_format("fp8-w8a8"), _WEIGHTS + 4 * (192 + 64)),
+        (_format("fp8-block"), _WEIGHTS + 4 * _GROUPS),
+        (_format("mxfp4"), _WEIGHTS / 2 + _GROUPS),
+        (_format("nvfp4"), _WEIGHTS / 2 + 2 * _GROUPS + 4 * (192 + 64)),
     ],
     ids=lambda value: value.name if isinstance(value, Format) else None,
 )
@@ -215,8 +233,9 @@ def test_a_missing_vllm_is_a_reason(monkeypatch):
         moe_peers.upstream_bf16(moe_weights.random_experts(SMALL, Format(32)), SMALL_CACHE)
 
 
-def test_integers_are_compared_with_their_own_oracle():
-    weights = moe_weights.random_experts(SMALL, _format("w4a8"))
+@pytest.mark.parametrize("scheme", ["w4a8", "fp8-w8a8", "fp8-block"])
+def test_rounded_activations_are_compared_with_their_own_oracle(scheme):
+    weights = moe_weights.random_experts(SMALL, _format(scheme))
     token = moe_weights.checked_token(SMALL, "bf16")
     roundings = our_rounding(weights.format), Rounding.NONE
     rounded, kept = (moe_peers.expected(weights, token, rounding) for rounding in roundings)
@@ -343,6 +362,7 @@ def test_other_engines_have_no_experts(capsys):
         (["--moe"], ["w4a16", "w4a8", "w8a8"], list(LAYERS)),
         (["--moe", "mixtral"], ["w4a16", "w4a8", "w8a8"], ["mixtral"]),
         (["--moe", "--quick"], ["w4a16"], ["qwen3-30b-a3b"]),
+        (["--moe", "--scheme", "fp4", "--quick"], ["mxfp4", "nvfp4"], ["qwen3-30b-a3b"]),
         (["--moe", "--scheme", "all", "--m", "1"], list(SCHEMES), list(LAYERS)),
     ],
 )

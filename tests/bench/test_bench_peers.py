@@ -9,13 +9,14 @@ import zentorch_peer
 from bench_formats import FORMATS, SMALL_CACHE, activations, format_name, needs_extension
 
 from vllm_plugin_tm.bench import guard, peers, upstream, weights
-from vllm_plugin_tm.bench.cases import Format
+from vllm_plugin_tm.bench.cases import DTYPES, Format
 from vllm_plugin_tm.bench.peers import Rounding
 from vllm_plugin_tm.bench.weights import random_weights
 from vllm_plugin_tm.kernels import ops
 from vllm_plugin_tm.quantization.support_matrix import CHANNEL
 
 ISAS = ops.cpu_isas() if ops.is_available() else ()
+_E4M3 = torch.float8_e4m3fn
 BYTE_DOT = any("vnni" in isa for isa in ISAS)
 
 
@@ -49,6 +50,33 @@ def _checked(peer, layer):
     assert guard.check(peer, activations(layer)) >= 0.0
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_upstream_rounds_to_e4m3_as_ours_does(dtype):
+    pytest.importorskip("vllm")
+    layer = random_weights(160, 64, Format(CHANNEL, True, dtype, "fp8-w8a8"))
+    with torch.compiler.set_stance("force_eager"):  # compiling takes seconds
+        peer = upstream.upstream(layer, SMALL_CACHE)
+        assert guard.check(peer, activations(layer)) >= 0.0
+    assert peer.rounding is Rounding.CHECKPOINT
+    assert peer.lazy
+    assert peer.weight_bytes == 160 * 64 + 160 * 4
+
+
+def test_a_missing_compiler_is_a_reason(monkeypatch):
+    pytest.importorskip("vllm")
+    from vllm.model_executor.kernels.linear.scaled_mm.pytorch import (
+        ChannelWiseTorchFP8ScaledMMLinearKernel,
+    )
+
+    def broken(self, layer, x, bias=None):
+        raise RuntimeError("no compiler\nand more")
+
+    monkeypatch.setattr(ChannelWiseTorchFP8ScaledMMLinearKernel, "apply_weights", broken)
+    layer = random_weights(64, 64, Format(CHANNEL, scheme="fp8-w8a8"))
+    with pytest.raises(peers.UnavailableError, match=r"cannot be compiled here: .*: no compiler$"):
+        upstream.upstream(layer, SMALL_CACHE)
+
+
 @pytest.mark.parametrize("form", [f for f in FORMATS if _upstream_takes(f)], ids=format_name)
 def test_upstream_peer_is_right_in_its_formats(form):
     pytest.importorskip("vllm")
@@ -73,6 +101,10 @@ def test_upstream_peer_is_right_in_its_formats(form):
         (Format(32, scheme="w8a16"), 64, r"W8A16: Quant type \(uint8b128\) not supported"),
         (Format(32, False, scheme="w8a16"), 64, r"W8A16: Quant type \(uint8\) not supported"),
         (Format(32, False, scheme="w4a8"), 64, "W4A8 kernel takes symmetric weights only"),
+        (Format(32, scheme="fp8-block"), 64, "FP8 BLOCK: of CPUs vLLM has kernels for AMX only"),
+        (Format(CHANNEL, scheme="fp8-w8a16"), 64, "FP8 W8A16: vLLM has no such kernel for a CPU"),
+        (Format(32, scheme="mxfp4"), 64, "MXFP4: vLLM has no such kernel for a CPU"),
+        (Format(16, scheme="nvfp4"), 64, "NVFP4: vLLM has no such kernel for a CPU"),
     ],
 )
 def test_upstream_peer_says_what_it_does_not_take(form, n, message):
@@ -138,6 +170,40 @@ def test_checkpoint_tensors_of_each_scheme(form, codes, scale, zero):
     assert 0.3 < size < 3
 
 
+@pytest.mark.parametrize(
+    ("form", "codes", "scale", "disk_bytes"),
+    [
+        (Format(CHANNEL, scheme="fp8-w8a8"), (_E4M3, 136, 64), (136, 1), 136 * 64 + 136 * 4),
+        (Format(CHANNEL, scheme="fp8-w8a16"), (_E4M3, 136, 64), (136, 1), 136 * 64 + 136 * 4),
+        # Five blocks of 32 channels, the last of 8, times two of inputs.
+        (Format(32, scheme="fp8-block"), (_E4M3, 136, 64), (136, 2), 136 * 64 + 5 * 2 * 4),
+        (Format(32, scheme="mxfp4"), (torch.uint8, 136, 32), (136, 2), 136 * 34),
+        (Format(16, scheme="nvfp4"), (torch.uint8, 136, 32), (136, 4), 136 * 36 + 4),
+    ],
+    ids=format_name,
+)
+def test_checkpoint_tensors_of_small_floats(form, codes, scale, disk_bytes):
+    layer = random_weights(136, 64, form)
+    assert (layer.codes.dtype, *layer.codes.shape) == codes
+    floats = form.facts.floats
+    assert layer.scale.dtype == (torch.float32 if floats.op == "fp8" else torch.uint8)
+    assert layer.scale.shape == scale
+    assert (layer.channel_scale is not None) is (form.scheme == "nvfp4")
+    assert layer.bytes == disk_bytes
+    exact = layer.exact()
+    assert exact.isfinite().all()
+    assert torch.equal(layer.channels(8, 24).exact(), exact[8:24])
+    assert torch.equal(layer.dequantized(), exact.to(layer.dtype))
+    if floats.block:
+        assert len(layer.scale[:32].unique(dim=0)) == 1
+        assert len(layer.scale.unique(dim=0)) == 5
+    twin = layer.copies(SMALL_CACHE)[-1]
+    assert torch.equal(twin.exact(), exact)
+    assert twin.codes.data_ptr() != layer.codes.data_ptr()
+    size = (activations(layer).double() @ exact.T).std()
+    assert 0.3 < size < 3
+
+
 @needs_extension
 @pytest.mark.parametrize(
     ("form", "weight_bytes"),
@@ -148,6 +214,11 @@ def test_checkpoint_tensors_of_each_scheme(form, codes, scale, zero):
         (Format(32, False, scheme="w8a16"), 64 * 64 + 64 * 2 * 2 + 64 * 2),
         (Format(32, scheme="w4a8"), 64 * 64 // 2 + 64 * 2 * 2),
         (Format(CHANNEL, scheme="w8a8"), 64 * 64 + 64 * 4 + 64 * 4),
+        (Format(CHANNEL, scheme="fp8-w8a8"), 64 * 64 + 64 * 4),
+        (Format(32, scheme="fp8-block"), 64 * 64 + 64 * 2 * 4),
+        (Format(32, scheme="fp8-w8a16"), 64 * 64 + 64 * 2 * 4),
+        (Format(32, scheme="mxfp4"), 64 * 64 // 2 + 64 * 2),
+        (Format(16, scheme="nvfp4"), 64 * 64 // 2 + 64 * 4 + 64 * 4),
     ],
     ids=format_name,
 )
@@ -192,6 +263,7 @@ def test_only_lazy_peers_are_warmed_copy_by_copy(lazy, warmed):
 @pytest.mark.parametrize(
     ("form", "message"),
     [
+        (Format(16, scheme="nvfp4"), "zentorch: NVFP4: vLLM has no zentorch kernel for it"),
         (Format(32, scheme="w8a16"), "zentorch: W8A16: vLLM has no zentorch kernel for it"),
         (Format(32, False, scheme="w4a8"), "zentorch: W4A8: bf16 and no zero points only"),
         (Format(CHANNEL, True, "f32", "w8a8"), "zentorch: W8A8: bf16 and no zero points only"),

@@ -7,11 +7,13 @@ import json
 import goals
 import make_page
 import pytest
-from bench_reports import MACHINE, integer_rows, limits, report, rows
+from bench_reports import MACHINE, integer_rows, limits, moe_rows, report, rows
 
 from vllm_plugin_tm.bench import results, table
 from vllm_plugin_tm.bench.cases import Format
 from vllm_plugin_tm.bench.limits import buffer_bytes, dot_kind, drift
+from vllm_plugin_tm.bench.schemes import FAMILIES
+from vllm_plugin_tm.quantization.support_matrix import CHANNEL
 
 _MOVED = 8_000_000 + (4096 + 4096) * 2
 
@@ -57,6 +59,9 @@ def test_drift_names_only_what_there_is():
         (Format(dtype="f32"), {"bf16": 2, "int8": 4, "fma32": 1}, "fma32"),
         (Format(dtype="f32", scheme="w4a8"), {"bf16": 2, "int8": 4, "fma32": 1}, "int8"),
         (Format(dtype="bf16", scheme="w8a8"), {"bf16": 2, "int8": 0, "fma32": 1}, "fma32"),
+        (Format(dtype="f16", scheme="fp8-w8a8"), {"bf16": 2, "int8": 4, "fma32": 1}, "bf16"),
+        (Format(dtype="f16", scheme="fp8-w8a16"), {"bf16": 2, "int8": 4, "fma32": 1}, "fma32"),
+        (Format(dtype="bf16", scheme="mxfp4"), {"bf16": 2, "int8": 4, "fma32": 1}, "bf16"),
     ],
     ids=lambda value: value.name if isinstance(value, Format) else None,
 )
@@ -181,6 +186,43 @@ def test_goals_of_integer_schemes_judge_their_own_rows(mixed, made_up):
     assert ("w4a8", "M>=256, group 32: of the dot peak") not in outcomes
     own = _outcomes(made_up)
     assert {key: outcomes[key] for key in own} == own
+
+
+@pytest.mark.parametrize(
+    ("form", "found"),
+    [
+        (
+            Format(CHANNEL, scheme="fp8-w8a8"),
+            {
+                "M=1: of read bandwidth": 0.80,
+                "M=1: times upstream": 2.0,
+                "M>=128: of the dot peak": 0.80,
+            },
+        ),
+        (
+            Format(scheme="fp8-block"),
+            {"M=1: of read bandwidth": 0.80, "M>=128: of the dot peak": 0.80},
+        ),
+        (Format(32, scheme="mxfp4"), {"M=1: of read bandwidth": 0.75}),
+        (Format(16, scheme="nvfp4"), {"M=1: of read bandwidth": 0.75}),
+    ],
+)
+def test_goals_of_small_floats(form, found):
+    peer = {"upstream": 1.5} if form.scheme == "fp8-w8a8" else {}
+    own = [row for m in (1, 128) for row in integer_rows(form, m=m, **peer)]
+    outcomes = _outcomes(dataclasses.replace(report(), rows=tuple(own), packing=()))
+    assert {key: o.goal.must for key, o in outcomes.items()} == {
+        (form.scheme, name): must for name, must in found.items()
+    }
+    assert all(len(o.figures) == 1 for o in outcomes.values())
+
+
+@pytest.mark.parametrize("scheme", [name for family in FAMILIES.values() for name in family])
+def test_goals_of_experts_of_small_floats(scheme):
+    own = (*moe_rows(scheme=scheme), *moe_rows(m=64, scheme=scheme))
+    (outcome,) = goals.of_experts(dataclasses.replace(report(), moe=own))
+    assert (outcome.goal.scheme, outcome.goal.must, outcome.goal.aim) == (scheme, 0.70, 0.85)
+    assert len(outcome.figures) == 1
 
 
 def test_goals_by_group_size_see_that_group_only():

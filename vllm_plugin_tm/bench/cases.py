@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import product
 
-from vllm_plugin_tm.bench.schemes import SCHEMES, USUAL_SCHEME, Scheme
+from vllm_plugin_tm.bench.schemes import DEFAULT_SCHEMES, SCHEMES, USUAL_SCHEME, Scheme
 from vllm_plugin_tm.quantization.support_matrix import CHANNEL
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (2048, 2048), (8192, 2048), (576, 576))
@@ -62,8 +62,10 @@ class Format:
 
     @property
     def name(self) -> str:
-        symmetry = "symmetric" if self.symmetric else "asymmetric"
-        return f"{self.facts.title}, group {self.group_name}, {symmetry}, {self.dtype}"
+        parts = [self.facts.title, f"group {self.group_name}"]
+        if not self.facts.floats:  # they have no zero points
+            parts.append("symmetric" if self.symmetric else "asymmetric")
+        return ", ".join([*parts, self.dtype])
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def fits(n: int, k: int, group_size: int) -> bool:
     return n % 8 == 0 and k % 8 == 0 and (group_size == CHANNEL or k % group_size == 0)
 
 
-def default_cases(schemes: Iterable[str] = SCHEMES, dtype: str = "bf16") -> list[Case]:
+def default_cases(schemes: Iterable[str] = DEFAULT_SCHEMES, dtype: str = "bf16") -> list[Case]:
     """The run without options: every shape and batch size at each scheme's usual format, large
     shapes at some batch sizes in its others."""
     cases = []
@@ -119,26 +121,46 @@ def chosen_cases(
 
     Raises:
         ValueError: a shape that cannot be cut into groups of an asked-for size, or a scheme that
-            has no such groups.
+            has no such groups or zero points.
     """
     shapes = shapes or (_QUICK_SHAPES if quick else SHAPES)
     batches = batches or (_QUICK_BATCHES if quick else BATCHES)
     cases = []
     for scheme in (SCHEMES[name] for name in schemes):
         groups = group_sizes or (scheme.usual_group,)
-        formats = [Format(*f, scheme.name) for f in product(groups, symmetries, dtypes)]
+        evenness = those_of(scheme, symmetries)
+        formats = [Format(*f, scheme.name) for f in product(groups, evenness, dtypes)]
         cases += [Case(n, k, m, f) for (n, k), f, m in product(shapes, formats, batches)]
     for case in cases if group_sizes else ():
         _check_group(case)
     return _runnable(cases)
 
 
+def those_of(scheme: Scheme, symmetries: tuple[bool, ...]) -> tuple[bool, ...]:
+    """What there is of `symmetries` in a scheme: small floats have no zero points.
+
+    Raises:
+        ValueError: nothing.
+    """
+    if not scheme.floats:
+        return symmetries
+    if True not in symmetries:
+        raise ValueError(f"scheme {scheme.name}: small floats have no zero points")
+    return (True,)
+
+
 def _check_group(case: Case) -> None:
     form = case.format
-    if form.group_size != CHANNEL and not form.facts.grouped:
+    groups = form.facts.groups
+    if groups == (CHANNEL,) and form.group_size != CHANNEL:
         raise ValueError(
             f"scheme {form.scheme} with group size {form.group_name}: its weights have one scale "
             "per output channel, so the only group size is channel"
+        )
+    if groups and form.group_size not in groups:
+        raise ValueError(
+            f"scheme {form.scheme} with group size {form.group_name}: the format's group size is "
+            f"{groups[0]}"
         )
     if not fits(case.n, case.k, form.group_size):
         raise ValueError(
@@ -155,5 +177,7 @@ def _runnable(cases: list[Case]) -> list[Case]:
 def _fitted(case: Case) -> Case:
     if fits(case.n, case.k, case.format.group_size):
         return case
+    if case.format.facts.groups:
+        _check_group(case)  # the format has no other size
     group = next((g for g in (128, 64, 32) if case.k % g == 0), CHANNEL)
     return replace(case, format=replace(case.format, group_size=group))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vllm_plugin_tm.bench.peers import Peer, Rounding
 from vllm_plugin_tm.bench.weights import Weights
-from vllm_plugin_tm.kernels import reference_int8
+from vllm_plugin_tm.kernels import reference_float, reference_int8
 
 _ROWS = 4
 _CHANNELS = 64
@@ -88,6 +88,8 @@ def _expected(x: Tensor, weights: Weights, rounding: Rounding) -> Tensor:
     if rounding is not Rounding.CHECKPOINT:
         return x.double() @ weights.exact().T
     codes, scale, form = weights.codes, weights.scale, weights.format
+    if form.facts.floats:
+        return reference_float.fp8_linear(x, codes, scale, None, form.facts.floats.x_rounding)
     if form.facts.grouped:
         return reference_int8.w4a8_linear(x, codes, scale, weights.zero_point)
     return reference_int8.w8a8_linear(x, codes, scale, x_symmetric=form.symmetric)

@@ -50,6 +50,8 @@ def dot_kind(form: Format, flops: Callable[[str], float]) -> str:
         ValueError: the processor has none of them.
     """
     operands = "int8" if form.facts.integer_activations else form.dtype
+    if form.facts.floats and form.facts.rounds_activations:
+        operands = "bf16"  # e4m3 is exact in it, whatever x was
     for kind in _DOT_OF[operands]:
         if flops(kind):
             return kind

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 
-from vllm_plugin_tm.bench.cases import DTYPE_BYTES, Format, fits
+from vllm_plugin_tm.bench.cases import DTYPE_BYTES, Format, fits, those_of
 from vllm_plugin_tm.bench.schemes import SCHEMES
 from vllm_plugin_tm.quantization.support_matrix import CHANNEL
 
@@ -82,9 +82,9 @@ def chosen_cases(
     tokens = tokens or (_QUICK_TOKENS if quick else TOKENS)
     cases = []
     for scheme in (SCHEMES[name] for name in schemes):
-        groups = group_sizes or (scheme.usual_group,)
-        for layer, group, symmetric, dtype in product(layers, groups, symmetries, dtypes):
-            if not group_sizes:
+        groups, evenness = group_sizes or (scheme.usual_group,), those_of(scheme, symmetries)
+        for layer, group, symmetric, dtype in product(layers, groups, evenness, dtypes):
+            if not group_sizes and not scheme.groups:
                 group = _fitting(layer, group)
             form = Format(group, symmetric, dtype, scheme.name)
             _check(layer, form)
@@ -106,6 +106,12 @@ def _check(layer: Layer, form: Format) -> None:
         raise ValueError(
             f"scheme {form.scheme} of routed experts, group size {form.group_name}: the only group "
             "size is channel, and activations are rounded without zero points"
+        )
+    groups = form.facts.groups
+    if groups and form.group_size not in groups:
+        raise ValueError(
+            f"scheme {form.scheme} of routed experts, group size {form.group_name}: the format's "
+            f"group size is {groups[0]}"
         )
     if not _divides(layer, form.group_size):
         raise ValueError(

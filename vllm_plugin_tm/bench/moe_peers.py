@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vllm_plugin_tm.bench import guard
-from vllm_plugin_tm.bench.cases import OURS, UPSTREAM_BF16
+from vllm_plugin_tm.bench.cases import OURS, UPSTREAM_BF16, Format
 from vllm_plugin_tm.bench.moe_weights import MoeWeights, Routed
 from vllm_plugin_tm.bench.peers import Kernel, Rounding, UnavailableError, our_rounding, pack
 from vllm_plugin_tm.bench.timing import Step
@@ -85,9 +85,16 @@ def _packed(weights: MoeWeights, product: Weights, gate_up: bool) -> tuple[Tenso
 def _experts(weights: MoeWeights, packed: tuple[Tensor, ...]) -> Apply:
     """Our op of the weights' scheme with one packed copy."""
     ops.load()
-    op: Callable[..., Tensor] = getattr(torch.ops.vllm_plugin_tm, f"{weights.format.scheme}_moe")
-    # Only W8A8 has a third tensor without zero points: the weights' sums.
-    third = not weights.format.facts.grouped or not weights.format.symmetric
+    op: Callable[..., Tensor] = getattr(torch.ops.vllm_plugin_tm, f"{_op_name(weights.format)}_moe")
+    facts = weights.format.facts
+    # Without zero points W8A8 has a third tensor, the weights' sums, and so has NVFP4: scales.
+    third = not facts.grouped or not weights.format.symmetric
+    named: dict[str, Any] = {}
+    if facts.floats:
+        third = facts.floats.channel_scales
+        named = {"scale_type": facts.floats.scale_type}
+        if facts.floats.op == "fp8":
+            named = {"x_rounding": facts.floats.x_rounding}
     products = [
         (weight, scale, zero if third else None, None)
         for weight, scale, zero in (packed[:3], packed[3:])
@@ -95,8 +102,13 @@ def _experts(weights: MoeWeights, packed: tuple[Tensor, ...]) -> Apply:
     a = _ACTIVATION
     rest = (weights.layer.intermediate, a.name, a.alpha, a.beta, a.limit)
     return lambda call: op(
-        call.x, call.topk_weights, call.topk_ids, *products[0], *products[1], *rest
+        call.x, call.topk_weights, call.topk_ids, *products[0], *products[1], *rest, **named
     )
+
+
+def _op_name(form: Format) -> str:
+    """What our op is called, and its oracle."""
+    return form.facts.floats.op if form.facts.floats else form.scheme
 
 
 def upstream_bf16(weights: MoeWeights, llc_bytes: int) -> MoePeer:
@@ -151,15 +163,17 @@ def upstream_bf16(weights: MoeWeights, llc_bytes: int) -> MoePeer:
 def expected(weights: MoeWeights, checked: Routed, rounding: Rounding) -> Tensor:
     """The float64 result [1, H] that a kernel's should be near."""
     form = weights.format
-    kept = f"w{form.facts.weight_bits}a16"
+    floats, rounds = form.facts.floats, rounding is Rounding.CHECKPOINT
+    name = _op_name(form) if floats or rounds else f"w{form.facts.weight_bits}a16"
     return reference_moe.moe(
-        form.scheme if rounding is Rounding.CHECKPOINT else kept,
+        name,
         checked.x,
         checked.topk_weights,
         checked.topk_ids,
         weights.as_reference(weights.w13),
         weights.as_reference(weights.w2),
         _ACTIVATION,
+        x_rounding=floats.x_rounding if floats and rounds else "none",
     )
 
 

@@ -41,12 +41,15 @@ class MoeWeights:
         def of_experts(tensor: Tensor) -> Tensor:
             return tensor.view(self.layer.experts, -1, tensor.shape[1])
 
-        zero = product.zero_point
+        zero, channels = product.zero_point, product.channel_scale
+        floats = self.format.facts.floats
         return reference_moe.Experts(
             of_experts(product.codes),
             of_experts(product.scale),
             None if zero is None else of_experts(zero),
             bits=self.format.facts.weight_bits,
+            channel_scale=None if channels is None else channels.view(self.layer.experts, -1),
+            scale_type=floats.scale_type if floats else "",
         )
 
 

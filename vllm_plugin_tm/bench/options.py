@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vllm_plugin_tm.bench import cases, plot
 from vllm_plugin_tm.bench.moe_cases import LAYERS, Layer
-from vllm_plugin_tm.bench.schemes import SCHEMES
+from vllm_plugin_tm.bench.schemes import FAMILIES, SCHEMES
 from vllm_plugin_tm.quantization.support_matrix import CHANNEL
 
 ALL = "all"
@@ -35,14 +35,15 @@ def group_sizes(text: str) -> tuple[int, ...]:
 
 
 def schemes(text: str) -> tuple[str, ...]:
-    """ "w4a16,W8A8" -> ("w4a16", "w8a8"); "all" -> every one."""
+    """ "w4a16,W8A8" -> ("w4a16", "w8a8"); "fp8" -> that family; "all" -> every one."""
     if text.strip() == ALL:
         return tuple(SCHEMES)
-    allowed = (*SCHEMES, ALL)
+    allowed = (*SCHEMES, *FAMILIES, ALL)
     chosen = tuple(_one_of(part.lower(), allowed, "scheme") for part in text.split(","))
     if ALL in chosen:
         raise argparse.ArgumentTypeError(f"{text!r}: {ALL} stands alone")
-    return chosen
+    every = [name for part in chosen for name in FAMILIES.get(part, (part,))]
+    return tuple(dict.fromkeys(every))
 
 
 def dtypes(text: str) -> tuple[str, ...]:

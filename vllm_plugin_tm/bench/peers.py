@@ -17,6 +17,7 @@ from vllm_plugin_tm.bench.cases import OURS, TORCH, Format
 from vllm_plugin_tm.bench.timing import Step
 from vllm_plugin_tm.bench.weights import Weights, repeated, tensor_bytes
 from vllm_plugin_tm.kernels import ops
+from vllm_plugin_tm.quantization import small_floats
 
 Apply = Callable[[Tensor], Tensor]
 
@@ -29,7 +30,7 @@ class Rounding(enum.Enum):
     """What a kernel does to its activations, and so what its result is compared with."""
 
     NONE = "their dtype's bits"
-    CHECKPOINT = "8-bit integers as compressed-tensors defines them"
+    CHECKPOINT = "8-bit integers as compressed-tensors defines them, e4m3 as vLLM does"
     OWN = "8-bit integers, rounded in a way of its own"
 
 
@@ -80,16 +81,37 @@ class Peer(Kernel):
 
 def pack(weights: Weights, gate_up: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel layout of our op: weight, scale, and zero point (empty when symmetric), for W8A8
-    the weights' sums instead. `gate_up`: the first half of the rows are gates of an expert."""
+    the weights' sums instead, for NVFP4 the scales of channels. `gate_up`: the first half of the
+    rows are gates of an expert."""
     ops.load()
     namespace = torch.ops.vllm_plugin_tm
     facts = weights.format.facts
+    if facts.floats:
+        return _pack_floats(weights, gate_up)
     if not facts.grouped:
         return namespace.w8a8_pack(weights.codes, weights.scale, gate_up)
     packer = {4: namespace.w4a16_pack, 8: namespace.w8a16_pack}[facts.weight_bits]
     return packer(
         weights.codes, weights.scale, weights.zero_point, weights.k, facts.weight_bits, gate_up
     )
+
+
+def _pack_floats(weights: Weights, gate_up: bool) -> tuple[Tensor, Tensor, Tensor]:
+    namespace = torch.ops.vllm_plugin_tm
+    form, n, k = weights.format, weights.n, weights.k
+    if form.facts.weight_bits == 8:
+        codes = weights.codes.view(torch.int8)
+        return namespace.w8a16_pack(codes, weights.scale, None, k, 8, gate_up)
+    words = small_floats.e2m1_words("bench", "weight", weights.codes, n, k)
+    weight, scale, none = namespace.w4a16_pack(words, weights.scale, None, k, 4, gate_up)
+    if weights.channel_scale is None:
+        return weight, scale, none
+    # In the order of packed channels: tiles of gates and of ups alternate.
+    halves = weights.channel_scale.view(2 if gate_up else 1, -1)
+    count = halves.shape[1]
+    halves = torch.nn.functional.pad(halves, (0, ops.padded(count) - count))
+    tiles = halves.unflatten(1, (-1, ops.TILE_N)).transpose(0, 1)
+    return weight, scale, tiles.flatten().contiguous()
 
 
 def ours(weights: Weights, isa: str, llc_bytes: int, name: str = OURS) -> Peer:
@@ -103,12 +125,19 @@ def ours(weights: Weights, isa: str, llc_bytes: int, name: str = OURS) -> Peer:
 
 def our_rounding(form: Format) -> Rounding:
     """What our kernels do to activations in a format."""
-    return Rounding.CHECKPOINT if form.facts.integer_activations else Rounding.NONE
+    return Rounding.CHECKPOINT if form.facts.rounds_activations else Rounding.NONE
 
 
 def _linear(weights: Weights, weight: Tensor, scale: Tensor, third: Tensor) -> Apply:
     """Our op of the weights' scheme with one packed copy."""
     namespace, form, n = torch.ops.vllm_plugin_tm, weights.format, weights.n
+    group, floats = form.group_size, form.facts.floats
+    if floats and floats.op == "fp8":
+        fp8, rounding = namespace.fp8_linear, floats.x_rounding
+        return lambda x: fp8(x, weight, scale, None, n, group, rounding)
+    if floats:
+        fp4, channels = namespace.fp4_linear, third if floats.channel_scales else None
+        return lambda x: fp4(x, weight, scale, channels, None, n, group, floats.scale_type)
     if form.scheme == "w8a8":
         w8a8 = namespace.w8a8_linear
         return lambda x: w8a8(x, weight, scale, third, None, n, None, None, form.symmetric)
@@ -118,7 +147,7 @@ def _linear(weights: Weights, weight: Tensor, scale: Tensor, third: Tensor) -> A
         "w8a16": namespace.w8a16_linear,
         "w4a8": namespace.w4a8_linear,
     }[form.scheme]
-    return lambda x: linear(x, weight, scale, zero, None, n, form.group_size)
+    return lambda x: linear(x, weight, scale, zero, None, n, group)
 
 
 def torch_linear(weights: Weights, llc_bytes: int) -> Peer:

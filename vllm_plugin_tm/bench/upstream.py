@@ -18,7 +18,16 @@ from vllm_plugin_tm.quantization.support_matrix import CHANNEL
 _W4A8_MOST_ROWS = 4
 
 _PACKED = ("weight_packed", "weight_scale", "weight_zero_point")
+_FP8 = ("weight", "weight_scale", "input_scale", "input_scale_ub")
 _INT8 = ("weight", "weight_scale", "input_scale", "input_zero_point", "azp_adj")
+
+_NONE = "vLLM has no such kernel for a CPU and refuses such checkpoints"
+_REFUSED = {
+    "fp8-block": "of CPUs vLLM has kernels for AMX only, which are not measured",
+    "fp8-w8a16": _NONE,
+    "mxfp4": _NONE,
+    "nvfp4": _NONE,
+}
 
 
 def upstream(weights: Weights, llc_bytes: int) -> Peer:
@@ -27,7 +36,16 @@ def upstream(weights: Weights, llc_bytes: int) -> Peer:
     Raises:
         UnavailableError: vLLM is missing, or its kernel does not take this format.
     """
-    make = {"w4a16": _wna16, "w8a16": _wna16, "w4a8": _w4a8, "w8a8": _w8a8}[weights.format.scheme]
+    facts = weights.format.facts
+    if facts.name in _REFUSED:
+        raise UnavailableError(f"upstream: {facts.title}: {_REFUSED[facts.name]}")
+    make = {
+        "w4a16": _wna16,
+        "w8a16": _wna16,
+        "w4a8": _w4a8,
+        "w8a8": _w8a8,
+        "fp8-w8a8": _fp8,
+    }[facts.name]
     try:
         return make(weights, llc_bytes)
     except ImportError as error:
@@ -146,6 +164,54 @@ def _w8a8(weights: Weights, llc_bytes: int) -> Peer:
     applies = tuple(_apply(kernel, layer) for kernel, layer in pairs)
     # Each handle makes a product of oneDNN for each number of rows.
     return Peer(UPSTREAM, "", weights, size, applies, Rounding.OWN, lazy=True)
+
+
+def _fp8(weights: Weights, llc_bytes: int) -> Peer:
+    """The product of torch, with vLLM's rounding of x before it and both scales after it."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.kernels.linear.scaled_mm.pytorch import (
+        ChannelWiseTorchFP8ScaledMMLinearKernel,
+    )
+    from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import (
+        FP8ScaledMMLinearLayerConfig,
+    )
+    from vllm.model_executor.layers.quantization.utils.quant_utils import (
+        kFp8DynamicTokenSym,
+        kFp8StaticChannelSym,
+    )
+
+    config = FP8ScaledMMLinearLayerConfig(
+        weight_quant_key=kFp8StaticChannelSym,
+        activation_quant_key=kFp8DynamicTokenSym,
+        weight_shape=(weights.n, weights.k),
+        input_dtype=weights.dtype,
+        out_dtype=weights.dtype,
+    )
+    kernel_class = _accepted(ChannelWiseTorchFP8ScaledMMLinearKernel, config, weights.format)
+    supported, reason = kernel_class.is_supported()
+    if not supported:
+        raise UnavailableError(f"upstream: {weights.format.facts.title}: {reason}")
+    # Its rounding of x is compiled by vLLM's default, as in service.
+    with set_current_vllm_config(VllmConfig()):
+        kernel = kernel_class(config, _FP8)
+    layer = _layer(
+        weight=(weights.codes.t(), {}),  # the scheme hands over this view of the rows
+        weight_scale=(weights.scale, {}),
+        input_scale=(None, {}),
+        input_scale_ub=(None, {}),
+    )
+    kernel.process_weights_after_loading(layer)
+    peer = _peer_of_layer(kernel, layer, _FP8, weights, llc_bytes)
+    try:
+        peer.applies[0](torch.zeros(1, weights.k, dtype=weights.dtype))
+    except Exception as error:  # without a C++ compiler torch raises one of many
+        first = str(error).strip().partition("\n")[0]
+        raise UnavailableError(
+            f"upstream: {weights.format.facts.title}: its rounding of activations cannot be "
+            f"compiled here: {type(error).__name__}: {first}"
+        ) from error
+    # The rounding is compiled again for some batch sizes.
+    return replace(peer, rounding=Rounding.CHECKPOINT, lazy=True)
 
 
 def _config(weights: Weights, weight_type: Any, group_size: int) -> Any:

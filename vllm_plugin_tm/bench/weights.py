@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random layers as a compressed-tensors checkpoint holds them, and sets of them that no cache
+"""Random layers as a checkpoint holds them, and sets of them that no cache
 holds. No kernel in here."""
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from vllm_plugin_tm.bench import float_codes
 from vllm_plugin_tm.bench.cases import Format
 from vllm_plugin_tm.kernels import reference
 from vllm_plugin_tm.quantization.support_matrix import CHANNEL
@@ -21,11 +22,13 @@ _WORD_BITS = 32
 
 @dataclass(frozen=True)
 class Weights:
-    """One layer as a compressed-tensors checkpoint holds it.
+    """One layer as a checkpoint holds it.
 
     codes int32 [N, K*bits/32], the lowest bits first, scale [N, G] in the activations' dtype,
     zero_point int32 [N*bits/32, G] or None. W8A8: codes int8 [N, K], scale float32 [N, 1], no
-    zero_point; an asymmetric format is one of activations.
+    zero_point; an asymmetric format is one of activations. FP8: codes float8_e4m3fn [N, K], scale
+    float32 [N, G], repeated where a block of channels shares one. FP4: codes uint8 [N, K/2], scale
+    uint8 [N, G]; NVFP4 with channel_scale float32 [N].
     """
 
     n: int
@@ -34,6 +37,7 @@ class Weights:
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    channel_scale: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -42,8 +46,16 @@ class Weights:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the three tensors."""
-        return sum(tensor_bytes(t) for t in (self.codes, self.scale, self.zero_point))
+        """Bytes of the tensors on disk, where blocks have one scale, and so have all channels
+        together beside those of groups."""
+        scales = tensor_bytes(self.scale)
+        if self.channel_scale is not None:
+            scales += self.channel_scale.element_size()
+        floats = self.format.facts.floats
+        if floats and floats.block:
+            rows = self.n if self.format.group_size == CHANNEL else self.format.group_size
+            scales = scales // self.n * -(-self.n // rows)
+        return tensor_bytes(self.codes) + scales + tensor_bytes(self.zero_point)
 
     def symmetric(self) -> "Weights":
         """The same codes and scales without zero points."""
@@ -51,12 +63,17 @@ class Weights:
 
     def copies(self, llc_bytes: int) -> "list[Weights]":
         """Itself and twins in other memory, together at least four times the last-level cache."""
-        zero = self.zero_point
+
+        def cloned(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.clone()
 
         def twin() -> Weights:
-            zeros = None if zero is None else zero.clone()
             return replace(
-                self, codes=self.codes.clone(), scale=self.scale.clone(), zero_point=zeros
+                self,
+                codes=self.codes.clone(),
+                scale=self.scale.clone(),
+                zero_point=cloned(self.zero_point),
+                channel_scale=cloned(self.channel_scale),
             )
 
         return [self, *repeated(twin, self.bytes, llc_bytes)]
@@ -67,11 +84,21 @@ class Weights:
         zero = self.zero_point
         if zero is not None:
             zero = zero[begin // per_word : end // per_word]
-        codes, scale = self.codes[begin:end], self.scale[begin:end]
-        return replace(self, n=end - begin, codes=codes, scale=scale, zero_point=zero)
+        channels = self.channel_scale
+        return replace(
+            self,
+            n=end - begin,
+            codes=self.codes[begin:end],
+            scale=self.scale[begin:end],
+            zero_point=zero,
+            channel_scale=None if channels is None else channels[begin:end],
+        )
 
     def exact(self) -> Tensor:
         """The real weights, float64 [N, K]."""
+        if self.format.facts.floats:
+            tensors = (self.codes, self.scale, self.channel_scale)
+            return float_codes.exact(self.format.facts.floats, *tensors)
         bits = self.format.facts.weight_bits
         return reference.dequantize(self.codes, self.scale, self.zero_point, self.k, bits)
 
@@ -81,6 +108,9 @@ class Weights:
         out = torch.empty(self.n, self.k, dtype=self.dtype)
         for begin in range(0, self.n, _CHUNK):
             part = self.channels(begin, min(begin + _CHUNK, self.n))
+            if self.format.facts.floats:
+                out[begin : begin + part.n] = part.exact().to(self.dtype)
+                continue
             codes = part.codes
             if codes.dtype != torch.int8:
                 codes = reference.unpack(codes, bits, self.k)
@@ -98,6 +128,10 @@ def random_weights(n: int, k: int, form: Format, seed: int = 0) -> Weights:
     facts = form.facts
     groups = 1 if form.group_size == CHANNEL else k // form.group_size
     per_word = _WORD_BITS // facts.weight_bits
+    if facts.floats:
+        group = k // groups
+        codes, scale, channels = float_codes.random(facts.floats, n, k, group, generator)
+        return Weights(n, k, form, codes, scale, None, channels)
 
     def words(rows: int, columns: int) -> Tensor:
         return torch.randint(

@@ -46,9 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scheme",
         type=options.schemes,
         metavar="NAME,...",
-        help=f"of {', '.join(schemes.SCHEMES)}, or all (default: all in a run without shapes, "
-        f"batch and group sizes, {schemes.USUAL_SCHEME} in any other; all of routed experts is "
-        f"{', '.join(moe_cases.MOE_SCHEMES)})",
+        help=f"of {', '.join(schemes.SCHEMES)}; {' and '.join(schemes.FAMILIES)} for all of a "
+        "kind, or all (default in a run without shapes, batch and group sizes: "
+        f"{', '.join(schemes.DEFAULT_SCHEMES)}, of routed experts "
+        f"{', '.join(moe_cases.MOE_SCHEMES)}; {schemes.USUAL_SCHEME} in any other)",
     )
     add(
         "--m",
@@ -175,7 +176,7 @@ def _isas(text: str | None) -> tuple[str, ...]:
 
 
 def _cases(args: argparse.Namespace) -> list[cases.Case]:
-    chosen, dtypes = _schemes(args, tuple(schemes.SCHEMES)), args.dtype or ("bf16",)
+    chosen, dtypes = _schemes(args, schemes.DEFAULT_SCHEMES), args.dtype or ("bf16",)
     if _asked(args) or args.quick:
         return cases.chosen_cases(
             chosen, args.shapes, args.m, args.group_size, _symmetries(args), dtypes, args.quick
