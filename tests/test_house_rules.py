@@ -78,7 +78,8 @@ def test_no_device_is_hard_coded_in_the_layers_way():
 def test_only_the_reference_takes_codes_apart():
     """One unpacker and one packer of checkpoints, which are the compressed-tensors library's; one
     packer of kernel layouts, which is C++. Only AWQ's experts come in an order that has to be
-    undone before; only the converter writes checkpoints."""
+    undone before; only embeddings are looked up instead of multiplied; only the converter writes
+    checkpoints."""
     users = {
         name
         for path, name in zip(SOURCES, names(SOURCES), strict=True)
@@ -86,4 +87,8 @@ def test_only_the_reference_takes_codes_apart():
     }
     assert "kernels/reference.py" in users
     layers = {name for name in users if name.startswith(("quantization/", "patch/"))}
-    assert layers == {"quantization/auto_awq.py", "quantization/convert/run.py"}
+    assert layers == {
+        "quantization/auto_awq.py",
+        "quantization/compressed_tensors/compressed_tensors_embedding.py",
+        "quantization/convert/run.py",
+    }
