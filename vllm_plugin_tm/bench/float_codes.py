@@ -9,7 +9,8 @@ from torch import Tensor
 from vllm_plugin_tm.bench.schemes import Floats
 from vllm_plugin_tm.kernels import reference_float
 
-_NOT_A_NUMBER = 0x7F  # an e4m3 byte without its sign
+_E4M3_MOST = reference_float.E4M3_MOST
+_E4M3_SIGMA = _E4M3_MOST / 4.5  # of 4096 normal numbers the largest is about 4
 _E8M0_ONE = 127
 _E2M1_SIZE = (sum(v * v for v in (0, 0.5, 1, 1.5, 2, 3, 4, 6)) / 8) ** 0.5
 _E4M3_SCALES = (0x72, 0x7F)
@@ -21,8 +22,8 @@ def random(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scales of groups of `group` inputs, and of channels: as weights.Weights has them.
 
-    Every code that is a number, and scales within a factor of three of each other; rows of y are
-    about as large as rows of x.
+    Normal weights rounded to FP8, every code of FP4, and scales within a factor of three of each
+    other; rows of y are about as large as rows of x.
     """
 
     def factors(*shape: int) -> Tensor:
@@ -33,14 +34,15 @@ def random(
 
     groups = k // group
     if floats.op == "fp8":
-        codes = numbers(0, 256, n, k)
-        # The largest number instead, of either sign.
-        codes -= ((codes & _NOT_A_NUMBER) == _NOT_A_NUMBER).byte()
-        values = codes[:8].view(torch.float8_e4m3fn).float()
+        # As rounding normal weights to the range gives them: processors take longer for subnormal
+        # numbers, of which even codes would have hundreds of times as many.
+        weights = torch.randn(n, k, generator=generator).mul_(_E4M3_SIGMA)
+        codes = weights.clamp_(-_E4M3_MOST, _E4M3_MOST).to(torch.float8_e4m3fn)
+        values = codes[:8].float()
         rows = min(n, group) if floats.block else 1
         scale = factors(-(-n // rows), groups) / (_size(values) * k**0.5)
         scale = scale.repeat_interleave(rows, dim=0)[:n].contiguous()
-        return codes.view(torch.float8_e4m3fn), scale, None
+        return codes, scale, None
     codes = numbers(0, 256, n, k // 2)
     wanted = 1 / (_E2M1_SIZE * k**0.5)
     if not floats.channel_scales:
