@@ -53,7 +53,22 @@ REQUESTS = {
     "w8a16": ("tm_w8a16", {}, Options("w8a16")),
     "w4a8": ("tm_w4a8", {"group_size": 64}, Options("w4a8", 64)),
     "w8a8": ("tm_w8a8", {}, Options("w8a8")),
+    "fp8": ("tm_fp8", {}, Options("fp8")),
+    "fp8 ue8m0": ("tm_fp8", {"scales": "ue8m0"}, Options("fp8", scales="ue8m0")),
+    "fp8-block": (
+        "tm_fp8_block",
+        {"on_indivisible": "channel"},
+        Options("fp8-block", on_indivisible="channel"),
+    ),
+    "fp8-block b32 ue8m0": (
+        "tm_fp8_block",
+        {"block_size": 32, "scales": "ue8m0"},
+        Options("fp8-block", block_size=32, scales="ue8m0"),
+    ),
 }
+# Two blocks of 128 each way, and a key and value projection that are half of one.
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 32}
+WIDE_EXPERTS = {"moe_intermediate_size": 256, "num_key_value_heads": 4}
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +88,15 @@ def make(folder, architecture="llama", seed=0, **changes):
     config = AutoConfig.for_model(architecture, **sizes)
     AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
     return folder
+
+
+def fitting(folder, name, architecture="llama", seed=0):
+    """make() with sizes that a request's groups or blocks fit. Of a Llama's layers with blocks of
+    128 some are fused of matrices that do not fit all."""
+    if REQUESTS[name][2].weight_group < 128:
+        return make(folder, architecture, seed)
+    experts = WIDE_EXPERTS if architecture in EXPERTS else {}
+    return make(folder, architecture, seed, **WIDE, **experts)
 
 
 def online(path, method, options=None, **more):
@@ -102,13 +126,17 @@ def assert_equal(model, expected):
     [
         *((architecture, name) for architecture in ("llama", "qwen3_moe") for name in REQUESTS),
         # With biases, and with other names of experts.
-        *((other, name) for other in ("qwen2", "mixtral") for name in ("w4a16", "w8a8")),
+        *(
+            (other, name)
+            for other in ("qwen2", "mixtral")
+            for name in ("w4a16", "w8a8", "fp8", "fp8-block")
+        ),
     ],
 )
 def test_the_layers_are_those_of_the_converted_checkpoint(tmp_path, architecture, name):
     """Kernel layout, scales, zero points, all that is left unquantized: bit for bit."""
     method, options, converter = REQUESTS[name]
-    plain = make(tmp_path / "plain", architecture)
+    plain = fitting(tmp_path / "plain", name, architecture)
     convert(plain, tmp_path / "made", converter)
     expected = parameters(tiny_llama.load(tmp_path / "made"))
     rows = layer_table.last()
@@ -168,15 +196,18 @@ def reload(model, path, **options):
     ("architecture", "name"),
     [
         *(("llama", name) for name in REQUESTS),
-        *(("qwen3_moe", name) for name in ("w4a16 g64 asymmetric mse", "w4a8", "w8a8")),
+        *(
+            ("qwen3_moe", name)
+            for name in ("w4a16 g64 asymmetric mse", "w4a8", "w8a8", "fp8", "fp8-block")
+        ),
     ],
 )
 def test_a_reload_equals_a_fresh_load(tmp_path, architecture, name):
     method, options, _ = REQUESTS[name]
-    model = online(make(tmp_path / "0", architecture), method, options)
+    model = online(fitting(tmp_path / "0", name, architecture), method, options)
     places = {key: param.data_ptr() for key, param in model.named_parameters()}
     for seed in (1, 2):
-        path = make(tmp_path / str(seed), architecture, seed)
+        path = fitting(tmp_path / str(seed), name, architecture, seed)
         reload(model, path, quantization=method, additional_config={KEY: options})
         assert {key: param.data_ptr() for key, param in model.named_parameters()} == places
         held = {key: value.clone() for key, value in parameters(model).items()}

@@ -39,6 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weights that share a scale: 32 (default), 64, 128, any multiple of 8, or channel",
     )
     add(
+        "--block-size",
+        type=int,
+        choices=known.BLOCK_SIZES,
+        help=f"rows and columns of a block of fp8-block (default: {known.BLOCK})",
+    )
+    add(
+        "--scales",
+        default="float",
+        choices=known.SCALES,
+        help="of FP8 weights: any number (default), or powers of two, rounded up",
+    )
+    add(
         "--symmetric",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -72,8 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-indivisible",
         default="error",
         choices=known.ON_INDIVISIBLE,
-        help="where the group size does not divide an input size: stop (default), one scale per "
-        "output channel there, or leave the layer",
+        help="where the group size does not divide an input size, or the block size either size: "
+        "stop (default), one scale per output channel there, or leave the layer",
     )
     add("--workers", type=int, metavar="N", help="threads (default: one per processor)")
     add(
@@ -167,6 +179,7 @@ def _options(args: argparse.Namespace) -> Options:
     return Options(
         scheme=args.scheme,
         group_size=args.group_size,
+        block_size=args.block_size,
         symmetric=args.symmetric,
         method=args.method,
         format=args.format,
@@ -176,6 +189,7 @@ def _options(args: argparse.Namespace) -> Options:
         mtp=args.mtp,
         on_indivisible=args.on_indivisible,
         mse_weight=args.mse_weight,
+        scales=args.scales,
         workers=args.workers,
         max_memory=args.max_memory,
         shard_bytes=args.shard_size,

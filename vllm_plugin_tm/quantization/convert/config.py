@@ -3,7 +3,7 @@
 
 from typing import TYPE_CHECKING
 
-from vllm_plugin_tm.quantization.convert.options import BLOCK, Options
+from vllm_plugin_tm.quantization.convert.options import Options
 from vllm_plugin_tm.quantization.convert.plan import Plan
 from vllm_plugin_tm.quantization.convert.selection import is_embedding, is_head
 from vllm_plugin_tm.quantization.support_matrix import CHANNEL
@@ -22,15 +22,15 @@ def scheme_of(options: Options, group_size: int, targets: list[str]) -> "Quantiz
     shape: dict[str, object] = {"strategy": "group", "group_size": group_size}
     if group_size == CHANNEL:
         shape = {"strategy": "channel"}
-    in_blocks = options.scheme == "fp8-block" and group_size == BLOCK
+    in_blocks = options.in_blocks(group_size)
     if in_blocks:
-        shape = {"strategy": "block", "block_structure": [BLOCK, BLOCK]}
+        shape = {"strategy": "block", "block_structure": [group_size, group_size]}
     weights = QuantizationArgs(
         num_bits=details.bits, type=details.kind, symmetric=options.symmetric, **shape
     )
     per_token: dict[str, object] = {"strategy": "token"}
     if in_blocks:
-        per_token = {"strategy": "group", "group_size": BLOCK}
+        per_token = {"strategy": "group", "group_size": group_size}
     activations = QuantizationArgs(
         num_bits=8, type=details.kind, symmetric=True, dynamic=True, **per_token
     )

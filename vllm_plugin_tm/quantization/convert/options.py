@@ -5,14 +5,17 @@ Importable without torch: the command's help is made from it.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from vllm_plugin_tm.quantization.convert.errors import ConvertError
 from vllm_plugin_tm.quantization.support_matrix import CHANNEL
 
 BLOCK = 128
-"""Rows and columns of a block of `fp8-block`, and of the blocks of FP8 checkpoints."""
+"""Rows and columns of a block of `fp8-block` by default, and at most."""
+
+BLOCK_SIZES = (32, 64, BLOCK)
+"""All that they may be: they divide each other, so pieces of rows may be cut at BLOCK."""
 
 PACK_QUANTIZED = "pack-quantized"
 INT_QUANTIZED = "int-quantized"
@@ -62,6 +65,9 @@ output channel for that layer, or leave that layer as it is."""
 MSE_WEIGHTS = ("none", "square")
 """What `mse` weighs a weight's squared error with: nothing, or the weight's own square."""
 
+SCALES = ("float", "ue8m0")
+"""What scales of FP8 weights may be: any number, or powers of two, rounded up."""
+
 _POSITIVE = (
     *("workers", "max_memory", "shard_bytes"),
     *("calibration_samples", "calibration_length"),
@@ -75,7 +81,8 @@ DEFAULT_SHARD_BYTES = 5 * 10**9
 class Options:
     """A request for a conversion; see the fields of SCHEMES, METHODS and the constants above.
 
-    `group_size` None is the scheme's default (32 where groups are possible, else CHANNEL).
+    `group_size` None is the scheme's default (32 where groups are possible, else CHANNEL), and
+    `block_size` None is BLOCK where there are blocks.
     `targets` and `ignore` are names of modules, or regular expressions after "re:", as in
     compressed-tensors; targets None is the attention, MLP and expert projections of decoder
     layers. `lm_head` and `mtp` add those to the default targets. `max_memory` bounds the process's
@@ -87,6 +94,7 @@ class Options:
 
     scheme: str
     group_size: int | None = None
+    block_size: int | None = None
     symmetric: bool = True
     method: str = "rtn"
     format: str | None = None
@@ -96,6 +104,7 @@ class Options:
     mtp: bool = False
     on_indivisible: str = "error"
     mse_weight: str = "none"
+    scales: str = "float"
     workers: int | None = None
     max_memory: int | None = None
     shard_bytes: int = DEFAULT_SHARD_BYTES
@@ -123,11 +132,11 @@ class Options:
                 f"allowed are {', '.join(scheme.formats)}"
             )
         self._check_groups()
+        self._check_blocks()
         if not self.symmetric and not scheme.asymmetric:
-            with_zeros = [name for name, other in SCHEMES.items() if other.asymmetric]
             raise ConvertError(
                 f"scheme {self.scheme} has no zero points (--no-symmetric); "
-                f"{', '.join(with_zeros)} have"
+                f"{_schemes(lambda other: other.asymmetric)} have"
             )
         if not self.symmetric and self.method == "signed":
             raise ConvertError("method 'signed' is for symmetric weights; drop --no-symmetric")
@@ -136,6 +145,12 @@ class Options:
         if self.mse_weight != "none" and self.method != "mse":
             raise ConvertError(
                 f"mse_weight {self.mse_weight!r} is for method 'mse', which is {self.method!r}"
+            )
+        _one_of("scales", self.scales, SCALES)
+        if self.scales != "float" and scheme.kind != "float":
+            raise ConvertError(
+                f"scales {self.scales!r} do not go with scheme {self.scheme}; "
+                f"{_schemes(lambda other: other.kind == 'float')} may have them"
             )
         for name in _POSITIVE:
             value = getattr(self, name)
@@ -152,11 +167,12 @@ class Options:
 
     def _check_groups(self) -> None:
         size = self.group_size
-        if size in (None, CHANNEL):
+        if size is None or (size == CHANNEL and not self.blocks):
             return
         if not self.details.grouped:
+            text = "channel" if size == CHANNEL else size
             raise ConvertError(
-                f"group size {size} does not go with scheme {self.scheme}, "
+                f"group size {text} does not go with scheme {self.scheme}, "
                 "whose scales are per output channel or per block; leave it out"
             )
         if size < 1 or size % 8:
@@ -164,6 +180,19 @@ class Options:
                 f"group size {size} is not allowed; multiples of 8 and channel are, "
                 "of which 32, 64 and 128 run everywhere"
             )
+
+    def _check_blocks(self) -> None:
+        size = self.block_size
+        if size is None:
+            return
+        if not self.blocks:
+            raise ConvertError(
+                f"block size {size} does not go with scheme {self.scheme}; "
+                f"{_schemes(lambda other: other.activations == 'fp8-block')} has blocks"
+            )
+        if size not in BLOCK_SIZES:
+            allowed = ", ".join(map(str, BLOCK_SIZES))
+            raise ConvertError(f"block size {size} is not allowed; allowed are {allowed}")
 
     @property
     def details(self) -> Scheme:
@@ -177,12 +206,22 @@ class Options:
 
     @property
     def weight_group(self) -> int:
-        """The group size along K, CHANNEL for one scale per output channel, BLOCK for blocks."""
-        if self.scheme == "fp8-block":
-            return BLOCK
+        """The group size along K, CHANNEL for one scale per output channel; rows and columns of a
+        block where there are blocks."""
+        if self.blocks:
+            return self.block_size or BLOCK
         if self.group_size is not None:
             return self.group_size
         return DEFAULT_GROUP_SIZE if self.details.grouped else CHANNEL
+
+    @property
+    def blocks(self) -> bool:
+        """Whether square blocks of weights share a scale."""
+        return self.details.activations == "fp8-block"
+
+    def in_blocks(self, group_size: int | None) -> bool:
+        """Whether a matrix of this group size has blocks: those they do not fit have channels."""
+        return self.blocks and group_size not in (None, CHANNEL)
 
 
 def parse_group_size(text: str) -> int:
@@ -202,6 +241,10 @@ def parse_bytes(text: str) -> int:
     unit, binary = match[2].upper(), (match[3] or "").lower() == "ib"
     power = " KMGT".index(unit) if unit else 0
     return int(float(match[1]) * (1024 if binary else 1000) ** power)
+
+
+def _schemes(fits: Callable[[Scheme], bool]) -> str:
+    return ", ".join(name for name, scheme in SCHEMES.items() if fits(scheme))
 
 
 def _one_of(name: str, value: str, allowed: Collection[str]) -> None:

@@ -17,7 +17,6 @@ from vllm_plugin_tm.quantization.convert.checkpoint import (
 )
 from vllm_plugin_tm.quantization.convert.errors import ConvertError
 from vllm_plugin_tm.quantization.convert.options import (
-    BLOCK,
     INT_QUANTIZED,
     PACK_QUANTIZED,
     Options,
@@ -32,8 +31,8 @@ from vllm_plugin_tm.quantization.support_matrix import CHANNEL, WORD_BITS
 class Job:
     """A tensor or matrix on its way: `outputs` are what it becomes.
 
-    With a `matrix`: quantized by groups of `group_size` (CHANNEL: by row; BLOCK of fp8-block: by
-    square block), or, `group_size` None, an FP8 weight that is only dequantized. Without: `stored`
+    With a `matrix`: quantized by groups of `group_size` (CHANNEL: by row; of fp8-block: by square
+    block), or, `group_size` None, an FP8 weight that is only dequantized. Without: `stored`
     copied as it is.
     """
 
@@ -139,8 +138,8 @@ def quantized_specs(
     groups = 1 if group_size == CHANNEL else columns // group_size
     scale = Spec(f"{module}.weight_scale", dtype, (rows, groups))
     if options.details.kind == "float":
-        if group_size == BLOCK:
-            scale = Spec(scale.name, dtype, (rows // BLOCK, columns // BLOCK))
+        if options.in_blocks(group_size):
+            scale = Spec(scale.name, dtype, (rows // group_size, groups))
         return Spec(f"{module}.weight", FP8, (rows, columns)), scale
     if options.weight_format == INT_QUANTIZED:
         return Spec(f"{module}.weight", torch.int8, (rows, columns)), scale
@@ -165,7 +164,7 @@ def _misfits(matrices: list[Matrix], options: Options) -> dict[str, str]:
                 f"{matrix.module}: {matrix.problem}; --ignore with a pattern of these experts "
                 "leaves them as they are"
             )
-        problem = _indivisible(matrix, options)
+        problem = indivisible(matrix.rows, matrix.columns, options)
         if problem is None:
             continue
         if options.on_indivisible == "error":
@@ -177,20 +176,20 @@ def _misfits(matrices: list[Matrix], options: Options) -> dict[str, str]:
     return misfits
 
 
-def _indivisible(matrix: Matrix, options: Options) -> str | None:
-    """Why groups or blocks do not fit a matrix; None where they do."""
+def indivisible(rows: int, columns: int, options: Options) -> str | None:
+    """Why groups or blocks do not fit a matrix of this shape; None where they do."""
     size = options.weight_group
     if size == CHANNEL:
         return None
-    in_blocks = options.scheme == "fp8-block"
+    in_blocks = options.blocks
     what = "block" if in_blocks else "group"
-    if matrix.columns % size:
-        return f"its input size ({matrix.columns}) is no multiple of the {what} size ({size})"
-    if in_blocks and matrix.rows % size:
-        return f"its output size ({matrix.rows}) is no multiple of the block size ({size})"
-    if in_blocks and matrix.columns == size:
+    if columns % size:
+        return f"its input size ({columns}) is no multiple of the {what} size ({size})"
+    if in_blocks and rows % size:
+        return f"its output size ({rows}) is no multiple of the block size ({size})"
+    if in_blocks and columns == size:
         # compressed-tensors tells blocks by the shape of their scales, and takes [N, 1] for rows'.
-        return f"its input size ({matrix.columns}) is a single block, which readers mistake"
+        return f"its input size ({columns}) is a single block, which readers mistake"
     return None
 
 

@@ -89,10 +89,23 @@ def quantize_int(
     return codes.to(torch.int8).view(n, k), scale, points
 
 
-def quantize_fp8(weight: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """FP8 codes [N, K] and scales [N, 1] of a matrix, one scale for each row."""
+def quantize_fp8(
+    weight: Tensor,
+    scale_dtype: torch.dtype,
+    reduce: Reduce | None = None,
+    *,
+    power_of_two: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """FP8 codes [N, K] and scales [N, 1] of a matrix, one scale for each row.
+
+    `reduce`: where the rows are parts of longer ones, as in quantize_int. `power_of_two`: scales
+    are rounded up to powers of two.
+    """
     values = weight.float()
-    scale = _fp8_scale(values.abs().amax(-1, keepdim=True), scale_dtype)
+    low, high = torch.aminmax(values, dim=-1, keepdim=True)
+    if reduce is not None:
+        low, high = reduce(low, high)
+    scale = _fp8_scale(torch.maximum(-low, high), scale_dtype, power_of_two)
     return _to_fp8(values / scale.float()), scale
 
 
@@ -108,9 +121,7 @@ def quantize_fp8_block(
     values = weight.float()
     padded = torch.nn.functional.pad(values, (0, columns * block - k, 0, rows * block - n))
     largest = padded.view(rows, block, columns, block).abs().amax((1, 3))
-    scale = _fp8_scale(largest, scale_dtype)
-    if power_of_two:
-        scale = _power_of_two_above(scale.float()).to(scale_dtype)
+    scale = _fp8_scale(largest, scale_dtype, power_of_two)
     spread = scale.float().repeat_interleave(block, 0)[:n].repeat_interleave(block, 1)[:, :k]
     return _to_fp8(values / spread), scale
 
@@ -208,8 +219,12 @@ def _candidates(
             yield (largest * part / (sign * half)).to(dtype), None
 
 
-def _fp8_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
-    scale = (largest / FP8_MAX).to(dtype)
+def _fp8_scale(largest: Tensor, dtype: torch.dtype, power_of_two: bool) -> Tensor:
+    scale = largest / FP8_MAX
+    if power_of_two:
+        # Of the exact quotient: `dtype` may round it down to a power of two, which would clip.
+        scale = torch.where(scale == 0, scale, _power_of_two_above(scale))
+    scale = scale.to(dtype)
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 

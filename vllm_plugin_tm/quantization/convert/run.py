@@ -166,7 +166,8 @@ def make_piece(piece: Piece, plan: Plan, reader: Reader) -> Iterator[tuple[str, 
     outputs = {spec.name.removeprefix(f"{matrix.module}."): spec for spec in job.outputs}
     for name, data in quantize(weight, job.group_size, options, matrix.dtype).items():
         spec = outputs[name]
-        yield spec.name, data, piece.begin // _rows_of_one(name, job, options) * spec.shape[1]
+        first = piece.begin // rows_of_one(name, job.group_size, options)
+        yield spec.name, data, first * spec.shape[1]
     if piece.begin == 0 and "weight_shape" in outputs:
         shape = torch.tensor([matrix.rows, matrix.columns])
         yield outputs["weight_shape"].name, shape, 0
@@ -182,14 +183,17 @@ def quantize(
     """Rows of a matrix [N, K] in the layout of the options' format.
 
     The values of `weight_scale` and, by format, `weight_packed` and `weight_zero_point`, or
-    `weight`. `reduce` is rounding's. N is a multiple of 8 (of 128 for FP8 blocks) unless the rows
-    are the matrix's last.
+    `weight`. `reduce` is rounding's. N is a multiple of unit_rows() unless the rows are the
+    matrix's last.
     """
     if options.details.kind == "float":
-        if group_size == BLOCK:
-            codes, scale = quantize_fp8_block(weight, BLOCK, scale_dtype)
+        power_of_two = options.scales == "ue8m0"
+        if options.in_blocks(group_size):
+            codes, scale = quantize_fp8_block(
+                weight, group_size, scale_dtype, power_of_two=power_of_two
+            )
         else:
-            codes, scale = quantize_fp8(weight, scale_dtype)
+            codes, scale = quantize_fp8(weight, scale_dtype, reduce, power_of_two=power_of_two)
         return {"weight": codes, "weight_scale": scale}
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
@@ -217,23 +221,20 @@ def _step(job: Job, options: Options, weights: int) -> int:
         return max(weights // size, 1) * size
     if job.matrix.transposed:
         return job.matrix.rows  # its columns lie apart in the file
-    unit = _unit(job, options)
+    unit = BLOCK if job.matrix.block_scale is not None else unit_rows(options)
     return max(weights // job.matrix.columns // unit, 1) * unit
 
 
-def _unit(job: Job, options: Options) -> int:
-    """Of how many rows pieces are multiples."""
-    assert job.matrix is not None
-    in_blocks = options.scheme == "fp8-block" or job.matrix.block_scale is not None
-    return BLOCK if in_blocks else _ROWS
+def unit_rows(options: Options) -> int:
+    """Of how many rows pieces of a matrix are multiples."""
+    return BLOCK if options.blocks else _ROWS
 
 
-def _rows_of_one(name: str, job: Job, options: Options) -> int:
-    """Rows of the matrix that one row of its tensor `name` is for."""
+def rows_of_one(name: str, group_size: int, options: Options) -> int:
+    """Rows of a matrix that one row of its tensor `name` is for."""
     if name == "weight_zero_point":
         return WORD_BITS // options.details.bits
-    in_blocks = options.scheme == "fp8-block" and job.group_size == BLOCK
-    return BLOCK if in_blocks and name == "weight_scale" else 1
+    return group_size if options.in_blocks(group_size) and name == "weight_scale" else 1
 
 
 def _check_finite(module: str, weight: Tensor, begin: int) -> None:

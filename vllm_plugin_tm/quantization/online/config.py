@@ -202,10 +202,24 @@ class TMW8A8OnlineConfig(TMOnlineConfig):
     method = "tm_w8a8"
 
 
+class TMFp8OnlineConfig(TMOnlineConfig):
+    """--quantization tm_fp8."""
+
+    method = "tm_fp8"
+
+
+class TMFp8BlockOnlineConfig(TMOnlineConfig):
+    """--quantization tm_fp8_block."""
+
+    method = "tm_fp8_block"
+
+
 CLASSES: tuple[type[TMOnlineConfig], ...] = (
     TMW4A16OnlineConfig,
     TMW8A16OnlineConfig,
     TMW4A8OnlineConfig,
     TMW8A8OnlineConfig,
+    TMFp8OnlineConfig,
+    TMFp8BlockOnlineConfig,
 )
 """One for each of METHODS."""

@@ -8,8 +8,10 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_plugin_tm import heap
+from vllm_plugin_tm.quantization.convert.plan import indivisible
 from vllm_plugin_tm.quantization.online.fill import fill, finite
-from vllm_plugin_tm.quantization.online.linear import DONE
+from vllm_plugin_tm.quantization.online.linear import DONE, refuse_cut
+from vllm_plugin_tm.quantization.online.options import KEY, OnlineError
 
 if TYPE_CHECKING:
     from vllm_plugin_tm.quantization.online.config import TMOnlineConfig
@@ -35,7 +37,9 @@ class _OnlineExperts:
         **extra_weight_attrs: Any,
     ) -> None:
         """Registers `w13_weight` [E, N, H] and `w2_weight` [E, H, I] on the meta device. Raises
-        what upstream raises for experts that it would not load."""
+        OnlineError for experts that blocks do not fit or shards would cut, and what upstream
+        raises for experts that it would not load."""
+        self._refuse_misfits(hidden_size, intermediate_size_per_partition)
         sizes = (num_experts, hidden_size, intermediate_size_per_partition, params_dtype)
         self._arguments, self._attributes = sizes, extra_weight_attrs
         with torch.device("meta"):
@@ -80,6 +84,20 @@ class _OnlineExperts:
         super().process_weights_after_loading(layer)  # type: ignore[misc]
         heap.trim()
         setattr(layer, DONE, True)
+
+    def _refuse_misfits(self, hidden: int, part: int) -> None:
+        options = self.tm_online.options
+        if not options.blocks:
+            return  # the support matrix knows about groups
+        full = self.moe.intermediate_size  # type: ignore[attr-defined]
+        for rows, columns in ((full, hidden), (hidden, full)):
+            problem = indivisible(rows, columns, options)
+            if problem is not None:
+                raise OnlineError(
+                    f"{self.tm_prefix}, a matrix of {rows} x {columns}: {problem}; a smaller block "
+                    f"size may fit, {KEY}.ignore leaves the experts as they are"
+                )
+        refuse_cut(self.tm_prefix, "inner", full, part, options)
 
 
 _made: dict[type, type] = {}

@@ -8,11 +8,14 @@ from torch import Tensor
 
 from vllm_plugin_tm.quantization.convert.options import Options
 from vllm_plugin_tm.quantization.convert.rounding import Reduce, first_not_finite
-from vllm_plugin_tm.quantization.convert.run import PIECE_WEIGHTS, quantize
+from vllm_plugin_tm.quantization.convert.run import (
+    PIECE_WEIGHTS,
+    quantize,
+    rows_of_one,
+    unit_rows,
+)
 from vllm_plugin_tm.quantization.online.options import KEY, OnlineError
-from vllm_plugin_tm.quantization.support_matrix import CHANNEL, WORD_BITS
-
-_ROWS = 8  # zero points of 8 rows share a word
+from vllm_plugin_tm.quantization.support_matrix import CHANNEL
 
 
 def fill(
@@ -31,13 +34,13 @@ def fill(
     then come from all parts.
     """
     n, k = weight.shape
-    step = max(PIECE_WEIGHTS // k // _ROWS, 1) * _ROWS
+    unit = unit_rows(options)
+    step = max(PIECE_WEIGHTS // k // unit, 1) * unit
     reduce = _over_ranks(options) if split and group_size == CHANNEL else None
-    per_word = WORD_BITS // options.details.bits
     for row in range(0, n, step):
         piece = weight[row : row + step]
         for name, data in quantize(piece, group_size, options, scale_dtype, reduce).items():
-            at = row // per_word if name == "weight_zero_point" else row
+            at = row // rows_of_one(name, group_size, options)
             tensors[name][at : at + len(data)].copy_(data)
     if "weight_shape" in tensors:
         tensors["weight_shape"].copy_(torch.tensor([n, k]))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import QKVParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
     CompressedTensorsLinearMethod,
 )
@@ -13,6 +13,8 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.model_executor.parameter import ModelWeightParameter
 
 from vllm_plugin_tm import heap
+from vllm_plugin_tm.quantization.convert.options import Options
+from vllm_plugin_tm.quantization.convert.plan import indivisible
 from vllm_plugin_tm.quantization.online.fill import fill, finite
 from vllm_plugin_tm.quantization.online.options import KEY, OnlineError
 from vllm_plugin_tm.quantization.support_matrix import CHANNEL
@@ -54,11 +56,10 @@ class OnlineLinearMethod(CompressedTensorsLinearMethod):
             output_size,
             params_dtype,
         )
-        if not self._settle(layer, input_size, input_size_per_partition):
+        left = self._settle(layer, *arguments[:4])
+        if left is not None:
             method: Any = UnquantizedLinearMethod()
-            method.tm_note = (
-                f"its input size ({input_size}) is no multiple of the group size, as asked"
-            )
+            method.tm_note = left
             layer.quant_method = method
             method.create_weights(layer, *arguments, **extra_weight_attrs)
             return
@@ -67,6 +68,8 @@ class OnlineLinearMethod(CompressedTensorsLinearMethod):
         with torch.device("meta"):
             rehearsal: Any = torch.nn.Module()
             rehearsal.scheme = layer.scheme
+            if hasattr(layer, "tp_size"):  # a layer may be whole where others are split
+                rehearsal.tp_size = layer.tp_size
             super().create_weights(rehearsal, *arguments, **extra_weight_attrs)
         layer.logical_widths = output_partition_sizes
         layer.input_size_per_partition = input_size_per_partition
@@ -108,27 +111,50 @@ class OnlineLinearMethod(CompressedTensorsLinearMethod):
         heap.trim()
         setattr(layer, DONE, True)
 
-    def _settle(self, layer: Any, full: int, part: int) -> bool:
-        """Gives the layer its scheme; False where it stays unquantized, as asked."""
+    def _settle(
+        self, layer: Any, part_k: int, parts: list[int], full_k: int, full_n: int
+    ) -> str | None:
+        """Gives the layer its scheme. Why it stays unquantized, as asked; else None."""
         options = self._config.options
         size = options.weight_group
-        if size != CHANNEL and full % size:
+        members = _whole_outputs(layer, full_n)
+        problems = (indivisible(n, full_k, options) for n in members)
+        problem = next((found for found in problems if found is not None), None)
+        if problem is not None:
             if options.on_indivisible == "error":
                 raise OnlineError(
-                    f"{self._prefix}: its input size ({full}) is no multiple of the group size "
-                    f'({size}); {KEY}.on_indivisible "channel" gives such a layer one scale per '
-                    'output channel, "skip" leaves it as it is'
+                    f'{self._prefix}: {problem}; {KEY}.on_indivisible "channel" gives such a layer '
+                    'one scale per output channel, "skip" leaves it as it is'
                 )
             if options.on_indivisible == "skip":
-                return False
+                return f"{problem}, as asked"
             size = CHANNEL
-        if size != CHANNEL and part % size:
-            raise OnlineError(
-                f"{self._prefix}: its input size ({full}) is split into parts of {part}, which is "
-                f"no multiple of the group size ({size}); a smaller group size, or a smaller "
-                "--tensor-parallel-size, fits"
-            )
+        if size != CHANNEL:
+            refuse_cut(self._prefix, "input", full_k, part_k, options)
+        if options.in_blocks(size):
+            for full, part in zip(members, parts, strict=True):
+                refuse_cut(self._prefix, "output", full, part, options)
         self._group_size = size
         self.quantization_config = self._config.compressed(size)
         layer.scheme = self.quantization_config.get_scheme(layer=layer, layer_name=self._prefix)
-        return True
+        return None
+
+
+def refuse_cut(layer: str, what: str, full: int, part: int, options: Options) -> None:
+    """Raises OnlineError where a shard's part of the `what` size would cut a group or block."""
+    word, size = "block" if options.blocks else "group", options.weight_group
+    if part % size:
+        raise OnlineError(
+            f"{layer}: its {what} size ({full}) is split into parts of {part}, which is no "
+            f"multiple of the {word} size ({size}); a smaller {word} size, or a smaller "
+            "--tensor-parallel-size, fits"
+        )
+
+
+def _whole_outputs(layer: Any, full: int) -> list[int]:
+    """Output sizes of the modules that are fused in a layer, as the checkpoint has them."""
+    if isinstance(layer, QKVParallelLinear):
+        # The layer's own sizes count the copies of heads that ranks share.
+        query, kv = layer.total_num_heads, layer.total_num_kv_heads
+        return [query * layer.head_size, kv * layer.head_size, kv * layer.v_head_size]
+    return list(getattr(layer, "output_sizes", [full]))

@@ -6,8 +6,11 @@ from typing import Any
 
 from vllm_plugin_tm.quantization.convert.errors import ConvertError
 from vllm_plugin_tm.quantization.convert.options import (
+    BLOCK_SIZES,
     MSE_WEIGHTS,
     ON_INDIVISIBLE,
+    SCALES,
+    SCHEMES,
     Options,
     parse_group_size,
 )
@@ -15,7 +18,7 @@ from vllm_plugin_tm.quantization.convert.options import (
 KEY = "tm_online"
 """The key of --additional-config that the options are under."""
 
-METHODS = {f"tm_{scheme}": scheme for scheme in ("w4a16", "w8a16", "w4a8", "w8a8")}
+METHODS = {f"tm_{scheme.replace('-', '_')}": scheme for scheme in SCHEMES}
 """`--quantization` -> the converter's scheme."""
 
 ROUNDINGS = ("rtn", "signed", "mse")
@@ -23,9 +26,11 @@ ROUNDINGS = ("rtn", "signed", "mse")
 
 _HELP = {
     "group_size": 'a multiple of 8, or "channel"',
+    "block_size": " or ".join(map(str, BLOCK_SIZES)),
     "symmetric": "true or false",
     "method": " or ".join(ROUNDINGS),
     "mse_weight": " or ".join(MSE_WEIGHTS),
+    "scales": " or ".join(SCALES),
     "on_indivisible": " or ".join(ON_INDIVISIBLE),
     "ignore": "a list of modules' names, or regular expressions after re:",
     "targets": "a list of modules' names, or regular expressions after re:",
@@ -93,6 +98,10 @@ def _read(name: str, value: object) -> object:
             return parse_group_size(str(value))
         except ConvertError:
             raise _wrong(name, value) from None
+    if name == "block_size":
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise _wrong(name, value)
+        return value
     if name == "symmetric":
         if not isinstance(value, bool):
             raise _wrong(name, value)
