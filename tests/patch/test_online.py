@@ -22,6 +22,7 @@ from vllm_plugin_tm import layer_table
 from vllm_plugin_tm.patch import apply
 from vllm_plugin_tm.quantization.convert import Options, convert
 from vllm_plugin_tm.quantization.load_check import CheckpointError
+from vllm_plugin_tm.quantization.online.linear import refuse_cut
 from vllm_plugin_tm.quantization.online.options import KEY, METHODS, OnlineError
 
 pytestmark = pytest.mark.slow
@@ -140,6 +141,7 @@ def test_the_layers_are_those_of_the_converted_checkpoint(tmp_path, architecture
     convert(plain, tmp_path / "made", converter)
     expected = parameters(tiny_llama.load(tmp_path / "made"))
     rows = layer_table.last()
+    assert all(row.on_tm for row in rows if row.group_size is not None)
     assert_equal(online(plain, method, options), expected)
     assert [(r.kernel, r.on_tm, r.group_size, r.count) for r in layer_table.last()] == [
         (r.kernel, r.on_tm, r.group_size, r.count) for r in rows
@@ -232,6 +234,10 @@ def test_a_reload_equals_a_fresh_load(tmp_path, architecture, name):
         ({"ignore": ["re:.*nowhere"]}, "ignore pattern 're:.*nowhere' matches no layer"),
         ({"targets": ["re:.*q_proj$"]}, "q_proj would be quantized and .*k_proj would not"),
         ({"group_size": 96}, r"input size \(128\) is no multiple of the group size \(96\)"),
+        ({"block_size": 64}, "block size 64 does not go with scheme w4a16; fp8-block has blocks"),
+        ({"block_size": "64"}, "block_size is '64'; allowed is 32 or 64 or 128"),
+        ({"scales": "ue8m0"}, "'ue8m0' do not go with scheme w4a16; fp8, fp8-block may have"),
+        ({"scales": 8}, "scales is 8; allowed is float or ue8m0"),
     ],
 )
 def test_wrong_options_are_refused_before_a_weight_is_read(tmp_path, options, words, monkeypatch):
@@ -252,6 +258,20 @@ def test_options_of_another_scheme_are_refused(tmp_path):
         online(plain, "tm_w8a8", {"group_size": 32})
     with pytest.raises(ValueError, match="scheme w4a8 has no zero points"):
         online(plain, "tm_w4a8", {"symmetric": False})
+    for group in (32, "channel"):
+        with pytest.raises(ValueError, match=f"group size {group} does not go with scheme fp8-b"):
+            online(plain, "tm_fp8_block", {"group_size": group})
+    for method in ("tm_fp8", "tm_fp8_block"):
+        with pytest.raises(ValueError, match=r"method 'mse' does not go with .*; allowed are rtn"):
+            online(plain, method, {"method": "mse"})
+        with pytest.raises(ValueError, match=r"scheme fp8.* has no zero points"):
+            online(plain, method, {"symmetric": False})
+        with pytest.raises(ValueError, match="scales 'e8m0' is not known; allowed are float, ue8"):
+            online(plain, method, {"scales": "e8m0"})
+    with pytest.raises(ValueError, match="block size 64 does not go with scheme fp8; fp8-block"):
+        online(plain, "tm_fp8", {"block_size": 64})
+    with pytest.raises(ValueError, match="block size 48 is not allowed; allowed are 32, 64, 128"):
+        online(plain, "tm_fp8_block", {"block_size": 48})
     with pytest.raises(ValueError, match="tm_online is 'w4a16'; an object of options is allowed"):
         tiny_llama.load(plain, quantization="tm_w4a16", additional_config={KEY: "w4a16"})
 
@@ -278,6 +298,54 @@ def test_indivisible_layers_are_left_or_get_channels(tmp_path):
         assert {row.group_size: row.count for row in rows if row.on_tm} == groups
         notes = [row.note for row in rows if "no multiple of the group size" in row.note]
         assert len(notes) == (choice == "skip")
+
+
+def test_layers_that_blocks_do_not_fit_are_refused_left_or_get_channels(tmp_path):
+    """One of the matrices that are fused is enough; those of a single block are among them."""
+    plain = make(tmp_path / "plain", **WIDE)
+    words = r"layers.0.self_attn.qkv_proj: its output size \(64\) is no multiple of the block size"
+    with pytest.raises(OnlineError, match=words):
+        online(plain, "tm_fp8_block")
+    for choice, groups in (("channel", {128: 6, -1: 2}), ("skip", {128: 6})):
+        online(plain, "tm_fp8_block", {"on_indivisible": choice})
+        rows = layer_table.last()
+        assert {row.group_size: row.count for row in rows if row.on_tm} == groups
+        notes = [row.note for row in rows if "no multiple of the block size (128)" in row.note]
+        assert len(notes) == (choice == "skip")
+    with pytest.raises(OnlineError, match=r"input size \(128\) is a single block"):
+        online(make(tmp_path / "narrow"), "tm_fp8_block")
+
+
+@pytest.mark.parametrize(
+    ("inner", "words"),
+    [(192, r"192 x 256: its output size \(192\) is no multiple"), (128, r"is a single block")],
+)
+def test_experts_that_blocks_do_not_fit_are_refused_by_name(tmp_path, inner, words):
+    sizes = WIDE | WIDE_EXPERTS | {"moe_intermediate_size": inner}
+    plain = make(tmp_path / "plain", "qwen3_moe", **sizes)
+    with pytest.raises(OnlineError, match=rf"layers.0.mlp.experts.*, a matrix of .*{words}"):
+        online(plain, "tm_fp8_block", {"on_indivisible": "channel"})
+
+
+def test_a_shard_must_not_cut_a_block():
+    options = Options("fp8-block")
+    refuse_cut("layer", "output", 256, 128, options)
+    words = r"layer: its output size \(256\) is split into parts of 64, .* block size \(128\)"
+    with pytest.raises(OnlineError, match=words):
+        refuse_cut("layer", "output", 256, 64, options)
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-block"])
+def test_fp8_layers_compute_what_their_weights_say(tmp_path, name):
+    """e4m3 twice, of weights and of activations: 2**-4 of a value at most each, by which products
+    of random signs differ to about 3 % in norm."""
+    method, options, _ = REQUESTS[name]
+    plain = fitting(tmp_path / "plain", name)
+    layer = online(plain, method, options, dtype="float32").model.layers[0].mlp.down_proj
+    x = torch.randn(3, layer.input_size)
+    weight = load_file(plain / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    want = x.double() @ weight.double().T
+    assert 1e-3 < float((layer(x)[0].double() - want).norm() / want.norm()) < 0.06
 
 
 def spoilt(tmp_path, spoil):

@@ -25,6 +25,7 @@ from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import inplace
 
 from vllm_plugin_tm.patch import apply
+from vllm_plugin_tm.quantization.online.options import KEY
 from vllm_plugin_tm.updates import update as updates
 from vllm_plugin_tm.updates.backup import Backup
 from vllm_plugin_tm.updates.engine import BACKEND
@@ -36,18 +37,22 @@ SIZES = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 128,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
 }  # fmt: skip
+# Blocks of 128 fit all but keys and values; with experts, all.
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8}
+WIDE_EXPERTS = WIDE | {"moe_intermediate_size": 256, "num_key_value_heads": 4}
+BLOCKS = {"on_indivisible": "channel", "scales": "ue8m0"}
 EXPERTS = {
     "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32,
 }  # fmt: skip
 
 
-def plain(architecture, tied=False):
+def plain(architecture, tied=False, sizes=None):
     """A bf16 model of transformers' own saving."""
 
     def make(path, seed):
         torch.manual_seed(seed)
-        more = EXPERTS if architecture == "qwen3_moe" else {}
-        config = AutoConfig.for_model(architecture, **SIZES, **more, tie_word_embeddings=tied)
+        more = SIZES | (EXPERTS if architecture == "qwen3_moe" else {}) | (sizes or {})
+        config = AutoConfig.for_model(architecture, **more, tie_word_embeddings=tied)
         AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(path)
 
     return make
@@ -81,7 +86,7 @@ def floats(form):
 TOKEN = tiny_llama.int8_activations()
 STATIC = tiny_llama.int8_activations("asymmetric")
 BYTES = {"bits": 8, "packed": False, "group": -1}
-# name -> how a checkpoint is made of a seed, `--quantization`
+# name -> how a checkpoint is made of a seed, `--quantization`, its options
 MODELS = {
     "w4a16": (quantized(tiny_llama), None),
     "w4a16 asymmetric": (quantized(tiny_llama, symmetric=False, group=64), None),
@@ -101,6 +106,10 @@ MODELS = {
     "tm_w4a16 biases": (plain("qwen2", tied=True), "tm_w4a16"),
     "tm_w4a8 experts": (plain("qwen3_moe"), "tm_w4a8"),
     "tm_w8a8 experts": (plain("qwen3_moe"), "tm_w8a8"),
+    "tm_fp8": (plain("llama"), "tm_fp8"),
+    "tm_fp8 experts": (plain("qwen3_moe"), "tm_fp8"),
+    "tm_fp8_block": (plain("llama", sizes=WIDE), "tm_fp8_block", BLOCKS),
+    "tm_fp8_block experts": (plain("qwen3_moe", sizes=WIDE_EXPERTS), "tm_fp8_block"),
 }
 UNQUANTIZED = {"bf16": (plain("llama"), None)}
 WAYS = ("reload", "session")
@@ -118,7 +127,9 @@ class Served:
     """A model that was loaded from a checkpoint, with what upstream's worker has around it."""
 
     def __init__(self, name, folder, **options):
-        self.make, method = (MODELS | UNQUANTIZED)[name]
+        self.make, method, *how = (MODELS | UNQUANTIZED)[name]
+        if how:
+            options = {"additional_config": {KEY: how[0]}, **options}
         self.folder, self.options = folder, {"quantization": method, **options}
         self.make(folder / "0", 0)
         self.model = tiny_llama.load(folder / "0", **self.options)
@@ -265,6 +276,8 @@ WRONG = [
     *(("tm_w4a16", spoil, f"{UP}.weight", GATE_UP) for spoil in SPOILS),
     ("tm_w4a16 biases", without, "model.layers.1.self_attn.k_proj.bias", ".*qkv_proj"),
     *(("tm_w8a8 experts", spoil, f"{EXPERT}.weight", ROUTED) for spoil in SPOILS),
+    *(("tm_fp8_block", spoil, f"{UP}.weight", GATE_UP) for spoil in SPOILS),
+    *(("tm_fp8_block experts", spoil, f"{EXPERT}.weight", ROUTED) for spoil in (without, nan)),
 ]  # fmt: skip
 
 

@@ -26,6 +26,10 @@ SCHEMES = {
     "w8a8": Options("w8a8"),
     "fp8": Options("fp8"),
     "fp8-block": Options("fp8-block", on_indivisible="skip"),
+    "fp8-ue8m0": Options("fp8", scales="ue8m0"),
+    "fp8-block-32-ue8m0": Options(
+        "fp8-block", block_size=32, scales="ue8m0", on_indivisible="skip"
+    ),
 }
 # In norm, of normal weights: 4 bits lose about a tenth, 8 bits and e4m3 much less.
 WITHIN = {"w4": 0.14, "w8": 0.012, "fp": 0.04}

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """transformers reads what the converter writes: the same weights as the library gives."""
 
+from dataclasses import replace
+
 import convert_cases as cases
 import pytest
 import torch
@@ -22,6 +24,7 @@ OPTIONS = (
     Options("w8a8"),
     Options("fp8"),
     Options("fp8-block"),
+    Options("fp8-block", block_size=64, scales="ue8m0"),
     Options("w4a16", group_size=128, on_indivisible="channel"),
 )
 
@@ -44,7 +47,7 @@ def plain(tmp_path_factory):
 )
 def test_transformers_holds_the_same_weights(plain, tmp_path, options):
     if options.scheme == "fp8-block":
-        options = Options("fp8-block", on_indivisible="skip")
+        options = replace(options, on_indivisible="skip")
     report = convert(plain, tmp_path / "dst", options)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dst", dtype="auto")
     with torch.no_grad():  # the first forward decompresses

@@ -210,6 +210,29 @@ def test_a_power_of_two_is_left_alone_and_others_are_rounded_up():
     assert scale.flatten().tolist() == [0.25, 0.5]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_power_of_two_never_clips(dtype):
+    """Not even where the scale's own type would round it down to one before."""
+    w = torch.zeros(4, 128)
+    w[0, 0], w[1, 3], w[2, 5] = 448, -449, 448 * 0.2505
+    rows, scale = r.quantize_fp8(w, dtype, power_of_two=True)
+    assert scale.flatten().tolist() == [1, 2, 0.5, 1]
+    assert (rows.float() * scale.float()).flatten().abs().amax() == 448
+    _, scale = r.quantize_fp8_block(w, 128, dtype, power_of_two=True)
+    assert scale.tolist() == [[2]]
+
+
+def test_parts_of_rows_have_the_scales_of_whole_ones():
+    w = weights("normal", torch.bfloat16)
+    codes, scale = r.quantize_fp8(w, w.dtype)
+    low, high = (limit(w.float(), -1, keepdim=True) for limit in (torch.amin, torch.amax))
+    left, right = w.chunk(2, -1)
+    parts = [r.quantize_fp8(part, w.dtype, lambda *_: (low, high)) for part in (left, right)]
+    assert all(torch.equal(part[1], scale) for part in parts)
+    joined = torch.cat([part[0] for part in parts], -1)
+    assert torch.equal(joined.view(torch.uint8), codes.view(torch.uint8))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_the_first_weight_that_is_no_number_is_found(bad):
     w = weights("normal", torch.bfloat16)
