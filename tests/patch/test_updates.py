@@ -118,6 +118,8 @@ WAYS = ("reload", "session")
 @pytest.fixture(autouse=True)
 def _patched(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # vLLM's CPU worker does the same when it is imported, which may have been in another test.
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     apply.apply()
     yield
     apply.remove()
