@@ -17,12 +17,13 @@ if not ops.is_available():
     pytest.skip("the extension is not built", allow_module_level=True)
 
 from transformers import AutoConfig, AutoModelForCausalLM
+from vllm.model_executor.layers.linear import QKVParallelLinear
 
 from vllm_plugin_tm import layer_table
 from vllm_plugin_tm.patch import apply
 from vllm_plugin_tm.quantization.convert import Options, convert
 from vllm_plugin_tm.quantization.load_check import CheckpointError
-from vllm_plugin_tm.quantization.online.linear import refuse_cut
+from vllm_plugin_tm.quantization.online.linear import refuse_cut, whole_outputs
 from vllm_plugin_tm.quantization.online.options import KEY, METHODS, OnlineError
 
 pytestmark = pytest.mark.slow
@@ -333,6 +334,16 @@ def test_a_shard_must_not_cut_a_block():
     words = r"layer: its output size \(256\) is split into parts of 64, .* block size \(128\)"
     with pytest.raises(OnlineError, match=words):
         refuse_cut("layer", "output", 256, 64, options)
+
+
+def test_heads_that_ranks_share_count_once():
+    """Blocks are those of the checkpoint's matrices; the layer's own sizes count every copy."""
+    layer = object.__new__(QKVParallelLinear)
+    layer.__dict__.update(
+        total_num_heads=4, total_num_kv_heads=1, head_size=64, v_head_size=32,
+        output_sizes=[256, 128, 64],
+    )  # fmt: skip
+    assert whole_outputs(layer, 448) == [256, 64, 32]
 
 
 @pytest.mark.parametrize("name", ["fp8", "fp8-block"])

@@ -8,6 +8,7 @@ import sys
 
 import convert_cases as cases
 import pytest
+import torch
 
 from vllm_plugin_tm.cli import main
 from vllm_plugin_tm.quantization.convert import destination, engine, run
@@ -41,6 +42,18 @@ def test_json_is_the_report(source, tmp_path, capsys, flag, symmetric):
     assert report["kept"] == {"model.embed_tokens": "embedding", "lm_head": "output head"}
 
 
+def test_blocks_and_powers_of_two(source, tmp_path):
+    target = tmp_path / "dst"
+    arguments = ["--scheme", "fp8-block", "--block-size", "64", "--scales", "ue8m0"]
+    assert main(["convert", str(source), str(target), *arguments]) == 0
+    group = cases.quantization_of(target).config_groups["group_0"]
+    assert list(group.weights.block_structure) == [64, 64]
+    assert group.input_activations.group_size == 64
+    scale = cases.tensors_of(target)["model.layers.0.mlp.up_proj.weight_scale"]
+    assert scale.shape == (512 // 64, 256 // 64)
+    assert (torch.frexp(scale.float())[0] == 0.5).all()
+
+
 def test_a_dry_run_writes_nothing(source, tmp_path, capsys):
     arguments = ["convert", str(source), str(tmp_path / "dst"), "--scheme", "w4a8", "--dry-run"]
     assert main(arguments) == 0
@@ -54,6 +67,8 @@ def test_a_dry_run_writes_nothing(source, tmp_path, capsys):
         (["--scheme", "w4a16", "--ignore", "re:.*nothing"], "matches no module"),
         (["--scheme", "w4a16", "--max-memory", "1M"], "max_memory is 1,000,000 bytes"),
         (["--scheme", "w8a8", "--group-size", "32"], "does not go with scheme w8a8"),
+        (["--scheme", "fp8", "--block-size", "32"], "does not go with scheme fp8"),
+        (["--scheme", "w8a8", "--scales", "ue8m0"], "do not go with scheme w8a8"),
         (["--scheme", "w4a16", "--method", "gptq"], "needs a text to calibrate with"),
     ],
 )
@@ -69,6 +84,7 @@ def test_refusals_are_one_message(source, tmp_path, capsys, arguments, words):
 @pytest.mark.parametrize(
     "arguments",
     [["--scheme", "w5a5"], ["--scheme", "w4a16", "--group-size", "some"], [],
+     ["--scheme", "fp8-block", "--block-size", "16"], ["--scheme", "fp8", "--scales", "e8m0"],
      ["--scheme", "w4a16", "--symmetric=no"], ["--scheme", "w4a16", "--max-memory", "lots"]],
 )  # fmt: skip
 def test_mistakes_in_options_are_the_parsers(source, tmp_path, capsys, arguments):

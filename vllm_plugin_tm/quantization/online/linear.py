@@ -117,7 +117,7 @@ class OnlineLinearMethod(CompressedTensorsLinearMethod):
         """Gives the layer its scheme. Why it stays unquantized, as asked; else None."""
         options = self._config.options
         size = options.weight_group
-        members = _whole_outputs(layer, full_n)
+        members = whole_outputs(layer, full_n)
         problems = (indivisible(n, full_k, options) for n in members)
         problem = next((found for found in problems if found is not None), None)
         if problem is not None:
@@ -151,7 +151,7 @@ def refuse_cut(layer: str, what: str, full: int, part: int, options: Options) ->
         )
 
 
-def _whole_outputs(layer: Any, full: int) -> list[int]:
+def whole_outputs(layer: Any, full: int) -> list[int]:
     """Output sizes of the modules that are fused in a layer, as the checkpoint has them."""
     if isinstance(layer, QKVParallelLinear):
         # The layer's own sizes count the copies of heads that ranks share.
