@@ -16,14 +16,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 PROMPTS = [[7, 301, 44, 12, 500, 3, 3, 99, 128, 64, 250], [5]]
 
-# FP8 of two workers only, converted and while loading: what is rounded per token differs in shards.
-# Blocks of 64 fit a shard's keys and values, which are of one head. Name -> architecture, scheme,
-# options.
-FP8: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "fp8": ("qwen2", "fp8", {}),
-    "fp8-block": ("qwen2", "fp8-block", {"block_size": 64, "scales": "ue8m0"}),
-    "fp8 experts": ("qwen3_moe", "fp8", {}),
-    "fp8-block experts": ("qwen3_moe", "fp8-block", {"block_size": 64}),
+ENGINE = {
+    "dtype": "float32",
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "max_model_len": 64,
+    "max_num_seqs": 4,
+    "max_logprobs": -1,
+    "kv_cache_memory_bytes": 2**24,
+}
+# Scheme -> options. Blocks of 64 fit a shard's keys and values, which are of one head.
+FP8: dict[str, dict[str, Any]] = {
+    "fp8": {},
+    "fp8-block": {"block_size": 64, "scales": "ue8m0"},
 }
 
 
@@ -40,17 +45,10 @@ def cores() -> str:
 def results(
     models: Path, cores: str, run_engines: Callable[..., list[dict[str, Any]]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """By name: one engine with one worker (not for FP8), one with two, one with two that quantizes
-    while it loads. Group 64: row-parallel layers have whole groups in each shard. Channel: their
-    scales are replicated."""
+    """By name: one engine with one worker, one with two, one with two that quantizes while it
+    loads. Group 64: row-parallel layers have whole groups in each shard. Channel: their scales are
+    replicated."""
     source = e2e_models.tiny(models, "qwen2")
-    fp8: list[tuple[Path, dict[str, Any]]] = []
-    for name, (architecture, scheme, options) in FP8.items():
-        plain = e2e_models.tiny(models, architecture)
-        made = plain.with_name(f"{plain.name}-{name.split()[0]}-shards")
-        fp8.append((make_model.quantize_checkpoint(plain, made, scheme, **options), {}))
-        method = f"tm_{scheme.replace('-', '_')}"
-        fp8.append((plain, {"quantization": method, "additional_config": {"tm_online": options}}))
     checkpoints = {
         "g64-asymmetric": e2e_models.quantized(source, 64, symmetric=False),
         "channel": e2e_models.quantized(source, make_model.CHANNEL),
@@ -65,13 +63,7 @@ def results(
                 "engine": {
                     "model": str(path),
                     **how,
-                    "dtype": "float32",
-                    "skip_tokenizer_init": True,
-                    "enforce_eager": True,
-                    "max_model_len": 64,
-                    "max_num_seqs": 4,
-                    "max_logprobs": -1,
-                    "kv_cache_memory_bytes": 2**24,
+                    **ENGINE,
                     "tensor_parallel_size": parallel,
                 },
                 "prompts": PROMPTS,
@@ -91,7 +83,6 @@ def results(
                     for name in checkpoints
                     if parallel == 2
                 ),
-                *(fp8 if parallel == 2 else ()),
             )
         ]
         for parallel in (1, 2)
@@ -103,10 +94,8 @@ def results(
     ]
     one, two = answers
     count = len(checkpoints)
-    columns = (one, two[:count], two[count : 2 * count])
-    rows = {name: list(row) for name, *row in zip(checkpoints, *columns, strict=True)}
-    pairs = zip(two[2 * count :: 2], two[2 * count + 1 :: 2], strict=True)
-    return rows | {name: list(pair) for name, pair in zip(FP8, pairs, strict=True)}
+    columns = (one, two[:count], two[count:])
+    return {name: list(row) for name, *row in zip(checkpoints, *columns, strict=True)}
 
 
 @pytest.mark.parametrize("name", ["g64-asymmetric", "channel"])
@@ -120,32 +109,29 @@ def test_two_workers_answer_as_one(results: dict[str, list[dict[str, Any]]], nam
         assert float((shared - alone).norm() / alone.norm()) <= 2e-6
 
 
-@pytest.mark.parametrize("name", ["g64-asymmetric", "channel", *FP8])
+@pytest.mark.parametrize("name", ["g64-asymmetric", "channel"])
 def test_quantizing_while_loading_gives_the_same_codes(
     results: dict[str, list[dict[str, Any]]], name: str
 ) -> None:
     """Two workers that quantize their shards and two that load those of the converted checkpoint:
     bit for bit. Scales of whole rows come from both shards."""
-    converted, online = (result["answers"][0] for result in results[name][-2:])
+    _, converted, online = (result["answers"][0] for result in results[name])
     assert converted["tokens"] == online["tokens"]
     for a, b in zip(converted["logprobs"], online["logprobs"], strict=True):
         assert torch.equal(a, b)
 
 
 def test_both_workers_are_patched(results: dict[str, list[dict[str, Any]]]) -> None:
-    """Two processes of their own, each with every patch applied and all layers on our kernels, each
-    on one thread."""
-    for name, two in ((n, result) for n, row in results.items() for result in row[-2:]):
+    """Two processes of their own, each with every patch applied and all eight layers on our kernel,
+    each on one thread."""
+    for two in (result for _, *both in results.values() for result in both):
         first, second = two["workers"]
         assert len({first["pid"], second["pid"], os.getpid()}) == 3
         assert first["patches"] == second["patches"]
         assert first["patches"]
         assert all("applied" in row for row in first["patches"])
         for worker in (first, second):
-            linear = 4 if "experts" in name else 8
-            kernel = "TMFp8LinearKernel" if name in FP8 else "TMWNA16LinearKernel"
-            assert (kernel, True, linear) in worker["layers"]
-            assert ("TMFloatExpertsKernel" in str(worker["layers"])) == ("experts" in name)
+            assert ("TMWNA16LinearKernel", True, 8) in worker["layers"]
             assert worker["threads"] == 1
 
 
@@ -153,3 +139,47 @@ def test_results_are_of_numbers(results: dict[str, list[dict[str, Any]]]) -> Non
     for pair in results.values():
         for result in pair:
             assert all(torch.isfinite(p).all() for p in result["answers"][0]["logprobs"])
+
+
+@pytest.fixture(scope="module")
+def fp8_results(
+    models: Path, cores: str, run_engines: Callable[..., list[dict[str, Any]]]
+) -> dict[str, list[dict[str, Any]]]:
+    """By scheme: two workers with the converted checkpoint of a model with experts, and two that
+    quantize while they load. Not one worker: what is rounded per token differs in shards."""
+    plain = e2e_models.tiny(models, "qwen3_moe")
+    engines: list[dict[str, Any]] = []
+    for scheme, options in FP8.items():
+        target = plain.with_name(f"{plain.name}-{scheme}-shards")
+        made = make_model.quantize_checkpoint(plain, target, scheme, **options)
+        online = {
+            "quantization": f"tm_{scheme.replace('-', '_')}",
+            "additional_config": {"tm_online": options},
+        }
+        engines += [{"model": str(made)}, {"model": str(plain), **online}]
+    jobs = [
+        {
+            "engine": {**engine, **ENGINE, "tensor_parallel_size": 2},
+            "prompts": PROMPTS,
+            "tokens": 16,
+            "workers": True,
+        }
+        for engine in engines
+    ]
+    found = run_engines("parallel-fp8", jobs, VLLM_CPU_OMP_THREADS_BIND=cores)
+    return {scheme: found[2 * index : 2 * index + 2] for index, scheme in enumerate(FP8)}
+
+
+@pytest.mark.parametrize("scheme", FP8)
+def test_quantizing_to_fp8_while_loading_gives_the_same_codes(
+    fp8_results: dict[str, list[dict[str, Any]]], scheme: str
+) -> None:
+    """Bit for bit, linear layers and experts, all on our kernels in both workers."""
+    converted, online = (result["answers"][0] for result in fp8_results[scheme])
+    assert converted["tokens"] == online["tokens"]
+    for a, b in zip(converted["logprobs"], online["logprobs"], strict=True):
+        assert torch.isfinite(a).all()
+        assert torch.equal(a, b)
+    for worker in (worker for result in fp8_results[scheme] for worker in result["workers"]):
+        assert ("TMFp8LinearKernel", True, 4) in worker["layers"]
+        assert ("TMFloatExpertsKernel", True, 2) in worker["layers"]
