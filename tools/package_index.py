@@ -6,6 +6,7 @@ and certificates are read from `pip config list`; no index is named here.
 """
 
 import ast
+import copy
 import hashlib
 import os
 import shutil
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import requests
@@ -134,10 +136,15 @@ def fetch_sdist(
     return target
 
 
+# Python 3.11 knows what a member must not do from 3.11.4 on; index archives are checked by hash.
+_SAFE: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+
+
 def extract(archive: Path, folder: Path, wanted: Callable[[str], bool]) -> None:
     """Unpacks the members of a source distribution whose path below its top folder is `wanted`.
 
-    Complete or absent: the work is done beside `folder` and moved there at the end.
+    Complete or absent: the work is done beside `folder` and moved there at the end. Raises
+    FetchError for a member that would lie outside of it.
     """
     work = folder.with_name(f"{folder.name}.part{os.getpid()}")
     shutil.rmtree(work, ignore_errors=True)
@@ -146,7 +153,11 @@ def extract(archive: Path, folder: Path, wanted: Callable[[str], bool]) -> None:
         for member in tar:
             _, _, path = member.name.partition("/")
             if path and (member.isfile() or member.issym()) and wanted(path):
-                tar.extract(member.replace(name=path, deep=False), work, filter="data")
+                if ".." in Path(path).parts:
+                    raise FetchError(f"{archive}: member {member.name!r} leaves the archive")
+                inside = copy.copy(member)
+                inside.name = path
+                tar.extract(inside, work, **_SAFE)
     shutil.rmtree(folder, ignore_errors=True)
     work.replace(folder)
 

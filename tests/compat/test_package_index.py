@@ -100,3 +100,18 @@ def test_extract_takes_what_is_wanted_without_the_top_folder(tmp_path, index):
         p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.py")
     ] == ["thing/a.py"]
     assert not (tmp_path / "out" / "tests").exists()
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["filter", "no filter"])
+def test_a_member_outside_of_the_archive_is_refused(tmp_path, monkeypatch, safe):
+    """Also by a Python 3.11 that is older than tarfile's filters."""
+    if not safe:
+        monkeypatch.setattr(package_index, "_SAFE", {})
+    archive = tmp_path / "thing.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        member = tarfile.TarInfo("thing-1.0/thing/../../../out.py")
+        member.size = 4
+        tar.addfile(member, io.BytesIO(b"bad\n"))
+    with pytest.raises(package_index.FetchError, match=r"thing/\.\./.* leaves the archive"):
+        package_index.extract(archive, tmp_path / "a" / "b", lambda name: True)
+    assert not list(tmp_path.rglob("out.py"))

@@ -19,10 +19,18 @@ from vllm.scalar_type import scalar_types
 
 from vllm_plugin_tm.patch import apply
 from vllm_plugin_tm.quantization import support_matrix
+from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_w4a4_fp4 import (
+    TMMxFp4LinearKernel,
+)
+from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_fp8 import (
+    TMFp8LinearKernel,
+)
 from vllm_plugin_tm.quantization.support_matrix import CHANNEL, MATRIX, WEIGHT_TYPES, Machine
 
 TYPES = {str(value): value for value in vars(scalar_types).values() if not callable(value)}
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+# What mixed-precision kernels are asked for; int8 and floats have lists of their own.
+MIXED = sorted(name for name, kind in WEIGHT_TYPES.items() if name != "int8" and not kind.floats)
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +59,7 @@ def ours(config):
 
 
 def test_upstream_knows_every_weight_type_by_our_name():
-    assert set(WEIGHT_TYPES) - {"int8"} <= set(TYPES)
+    assert set(MIXED) <= set(TYPES)
 
 
 @pytest.mark.parametrize("weight_type", sorted(TYPES))
@@ -64,7 +72,7 @@ def test_each_weight_type_has_the_one_kernel_that_is_meant_for_it(weight_type, g
     assert ours(of_type(weight_type, group, dtype)) == names
 
 
-@pytest.mark.parametrize("weight_type", sorted(set(WEIGHT_TYPES) - {"int8"}))
+@pytest.mark.parametrize("weight_type", MIXED)
 def test_only_multiples_of_a_word_of_the_layout_are_group_sizes(weight_type):
     word = 4 if WEIGHT_TYPES[weight_type].bits > 4 else 8
     taken = {g for g in range(1, 65) if ours(of_type(weight_type, g, k=g * 16))}
@@ -73,7 +81,7 @@ def test_only_multiples_of_a_word_of_the_layout_are_group_sizes(weight_type):
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.float8_e4m3fn])
 def test_other_activations_are_nobodys(dtype):
-    for weight_type in WEIGHT_TYPES.keys() - {"int8"}:
+    for weight_type in MIXED:
         assert ours(of_type(weight_type, dtype=dtype)) == []
 
 
@@ -88,7 +96,7 @@ def test_every_int8_layer_is_ours_and_upstreams_without(channel, static, symmetr
     assert type(kernel).__module__.startswith("vllm.")
 
 
-@pytest.mark.parametrize("weight_type", sorted(set(WEIGHT_TYPES) - {"int8"}))
+@pytest.mark.parametrize("weight_type", MIXED)
 def test_off_upstream_chooses_or_refuses_as_ever(weight_type):
     def chosen():
         try:
@@ -106,22 +114,24 @@ def test_off_upstream_chooses_or_refuses_as_ever(weight_type):
 def test_a_scheme_left_out_leaves_its_layers_to_upstream(monkeypatch, scheme):
     others = tuple(name for name in envs.SCHEMES if name != scheme)
     monkeypatch.setenv(envs.TAKEN_SCHEMES.name, ",".join(others))
-    for weight_type in WEIGHT_TYPES.keys() - {"int8"}:
+    for weight_type in MIXED:
         taken = bool(ours(of_type(weight_type)))
         assert taken == (support_matrix.scheme_of(weight_type) != scheme)
     int8 = type(linear.init_int8_linear_kernel(True, False, True, "test")).__name__
     assert int8.startswith("TM") == (scheme != "w8a8")
+    assert TMFp8LinearKernel.is_supported()[0] == (scheme != "fp8")
+    assert TMMxFp4LinearKernel.is_supported()[0] == (scheme != "fp4")
 
 
 def test_amx_leaves_upstream_what_it_has_an_amx_kernel_for(monkeypatch):
     monkeypatch.setattr(machine, "detect", lambda: Machine("cpu", ops.get_isa(), amx=True))
-    kept = {name for name in WEIGHT_TYPES.keys() - {"int8"} if not ours(of_type(name))}
+    kept = {name for name in MIXED if not ours(of_type(name))}
     assert kept == {"uint4", "uint4b8"}
     int8 = type(linear.init_int8_linear_kernel(True, False, True, "test")).__name__
     assert int8 == "CPUInt8ScaledMMLinearKernel"
     forced = Machine("cpu", ops.get_isa(), amx=True, isa_forced=True)
     monkeypatch.setattr(machine, "detect", lambda: forced)
-    assert all(ours(of_type(name)) for name in WEIGHT_TYPES.keys() - {"int8"})
+    assert all(ours(of_type(name)) for name in MIXED)
 
 
 def test_every_scheme_has_every_instruction_set():

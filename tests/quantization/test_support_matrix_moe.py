@@ -89,9 +89,9 @@ def test_amx_is_upstreams_where_it_has_a_kernel_unless_an_instruction_set_is_for
                 assert "AMX" in str(verdict.reason)
                 assert "VLLM_PLUGIN_TM_ISA" in str(verdict.reason)
                 kept.add((row.scheme, weight_type))
-    # What upstream's AMX backends for experts take: packed 4 bits, and int8.
+    # What upstream's AMX backends for experts take: packed 4 bits, int8, FP8 and MXFP4.
     assert {("w4a16", "uint4"), ("w4a16", "uint4b8"), ("w8a8", "int8")} <= kept
-    assert {name for _, name in kept} == {"uint4", "uint4b8", "int8"}
+    assert {name for _, name in kept} == {"uint4", "uint4b8", "int8", "float8_e4m3fn", "mxfp4"}
 
 
 @pytest.mark.parametrize(("row", "weight_type"), CELLS)
@@ -188,7 +188,8 @@ def test_markdown_shows_every_row_whole():
     for row, line in zip(MOE_MATRIX, lines[2:], strict=True):
         for word in (row.scheme.upper(), *row.formats, *row.act_dtypes, row.rounding, *row.isas):
             assert word in line
-    assert [line.split(" |")[0] for line in lines[2:]] == ["| W4A16", "| W8A16", "| W4A8", "| W8A8"]
+    schemes = ["W4A16", "W8A16", "W4A8", "W8A8", "FP8", "FP4"]
+    assert [line.split(" |")[0] for line in lines[2:]] == [f"| {scheme}" for scheme in schemes]
     assert "2, 3 and 4 bits, symmetric and asymmetric" in lines[2]
     assert "5, 6, 7 and 8 bits, symmetric and asymmetric" in lines[3]
     assert "8 bits, symmetric |" in lines[5]
