@@ -170,6 +170,23 @@ def _write_dequantized(checkpoint: Path, folder: Path, scale_factor: float) -> N
     save_file(tensors, folder / make_model.WEIGHTS, metadata={"format": "pt"})
 
 
+def job(checkpoint: Path, dtype: str, prompt: list[int]) -> dict[str, Any]:
+    """An engine for engine_job.py that answers one prompt with all log-probabilities, and says what
+    its workers run."""
+    engine = {
+        "model": str(checkpoint),
+        "dtype": dtype,
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "max_model_len": 128,
+        "max_num_seqs": 8,
+        "max_logprobs": -1,
+        "kv_cache_memory_bytes": 2**25,
+        "enable_prefix_caching": False,
+    }
+    return {"engine": engine, "prompts": [prompt], "workers": True}
+
+
 @torch.no_grad()
 def log_probabilities(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
     """Row i: of the token after tokens[i]; float32 [len(tokens), vocabulary]."""

@@ -18,21 +18,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 PROMPT = [7, 301, 44, 12, 500, 3, 3, 99, 128, 64, 250]
 
 
-def _job(checkpoint: Path, dtype: str) -> dict[str, Any]:
-    engine = {
-        "model": str(checkpoint),
-        "dtype": dtype,
-        "skip_tokenizer_init": True,
-        "enforce_eager": True,
-        "max_model_len": 128,
-        "max_num_seqs": 8,
-        "max_logprobs": -1,
-        "kv_cache_memory_bytes": 2**25,
-        "enable_prefix_caching": False,
-    }
-    return {"engine": engine, "prompts": [PROMPT], "workers": True}
-
-
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
@@ -49,7 +34,7 @@ def test_upstream_serves_them_unmodified(
         make_model.quantize_checkpoint(plain, plain.with_name(f"{plain.name}-{scheme}"), scheme)
         for scheme in schemes
     ]
-    jobs = [_job(checkpoint, "bfloat16") for checkpoint in made]
+    jobs = [e2e_models.job(checkpoint, "bfloat16", PROMPT) for checkpoint in made]
     results = run_engines("convert-off", jobs, VLLM_PLUGIN_TM="0")
     reference = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
     want = e2e_models.log_probabilities(reference, PROMPT)
@@ -64,7 +49,7 @@ def test_a_quantized_head_runs_on_our_kernel(
     plain = e2e_models.tiny(models, "llama")
     target = plain.with_name(f"{plain.name}-w8a16-head")
     checkpoint = make_model.quantize_checkpoint(plain, target, "w8a16", lm_head=True)
-    (result,) = run_engines("convert-head", [_job(checkpoint, "float32")])
+    (result,) = run_engines("convert-head", [e2e_models.job(checkpoint, "float32", PROMPT)])
     (worker,) = result["workers"]
     assert [row for row in worker["layers"] if row[1]] == [("TMWNA16LinearKernel", True, 9)]
     want = e2e_models.log_probabilities(e2e_models.transformers_model(checkpoint), PROMPT)

@@ -119,21 +119,6 @@ def dequantized(checkpoint: Path, kind: str, folder: Path) -> Path:
     return folder
 
 
-def job(checkpoint: Path, dtype: str = "float32") -> dict[str, Any]:
-    engine = {
-        "model": str(checkpoint),
-        "dtype": dtype,
-        "skip_tokenizer_init": True,
-        "enforce_eager": True,
-        "max_model_len": 128,
-        "max_num_seqs": 8,
-        "max_logprobs": -1,
-        "kv_cache_memory_bytes": 2**25,
-        "enable_prefix_caching": False,
-    }
-    return {"engine": engine, "prompts": [PROMPT], "workers": True}
-
-
 def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
@@ -152,7 +137,9 @@ def test_kept_activations_equal_transformers(
 ) -> None:
     """In float32 only sums in another order tell vLLM from transformers."""
     made = [(quantized(e2e_models.tiny(models, name), kind), kind) for name, kind, _, _ in KEPT]
-    results = run_engines("floats", [job(checkpoint) for checkpoint, _ in made])
+    results = run_engines(
+        "floats", [e2e_models.job(checkpoint, "float32", PROMPT) for checkpoint, _ in made]
+    )
     for (name, kind, kernel, count), (checkpoint, _), result in zip(
         KEPT, made, results, strict=True
     ):
@@ -177,7 +164,7 @@ def test_fp8_activations_are_rounded_as_upstream_rounds_them(
     answers = []
     for switch in ("1", "0"):
         (result,) = run_engines(
-            f"fp8-{switch}", [job(checkpoint, "bfloat16")], VLLM_PLUGIN_TM=switch
+            f"fp8-{switch}", [e2e_models.job(checkpoint, "bfloat16", PROMPT)], VLLM_PLUGIN_TM=switch
         )
         answers.append(result["answers"][0]["logprobs"][0])
         if switch == "1":
