@@ -6,6 +6,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
@@ -84,23 +85,21 @@ def tiny(folder: Path, architecture: str = "llama", seed: int = 0, **changes: An
     return target
 
 
-# The kernel runs 2 bits; the converter does not offer what rounding to nearest makes of them.
-SCHEMES["w2a16"] = replace(SCHEMES["w4a16"], bits=2)
-
-
 def quantized(
     source: Path, group_size: int = 32, symmetric: bool = True, num_bits: int = 4
 ) -> Path:
     """`source` with weight-only integers, beside it; group size -1 is channel."""
     group = "channel" if group_size == make_model.CHANNEL else group_size
     name = f"{source.name}-w{num_bits}a16-{group}{'' if symmetric else '-asymmetric'}"
-    return make_model.quantize_checkpoint(
-        source,
-        source.with_name(name),
-        f"w{num_bits}a16",
-        group_size=group_size,
-        symmetric=symmetric,
-    )
+    # The kernel runs 2 bits; the converter does not offer what rounding to nearest makes of them.
+    with patch.dict(SCHEMES, w2a16=replace(SCHEMES["w4a16"], bits=2)):
+        return make_model.quantize_checkpoint(
+            source,
+            source.with_name(name),
+            f"w{num_bits}a16",
+            group_size=group_size,
+            symmetric=symmetric,
+        )
 
 
 def dequantized(checkpoint: Path, scale_factor: float = 1.0) -> dict[str, torch.Tensor]:
