@@ -16,6 +16,10 @@ ARGS ?=
 
 # The tree may be entered from anywhere (make -C), and its path may hold spaces.
 PY := .venv/bin/python
+# Files of tests side by side, as many as there are cores for: most of a test with an engine is one
+# core at imports. Threads that wait must then sleep: each process has as many as there are cores.
+SIDE_BY_SIDE ?= 2
+PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest -p tools.fast_first -n $(SIDE_BY_SIDE) --dist loadfile
 TOOL := "$(PYTHON)" -m tools
 # Python files that are not below the package: the linter sees them too.
 SOURCES := vllm_plugin_tm tools tests benchmarks examples csrc
@@ -42,10 +46,10 @@ setup-test:
 	@exec $(TOOL).setup_env --for demo --for test
 
 test: lint ## set up, lint, and run the whole suite, a real server included (20 minutes at most)
-	@exec $(PY) -m pytest -p tools.fast_first $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-fast: setup-test ## the tests that take seconds
-	@exec $(PY) -m pytest -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 lint: setup-test ## ruff and mypy; warnings are errors
 	@exec $(PY) -m ruff check $(SOURCES)

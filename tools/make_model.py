@@ -11,10 +11,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from tools import layout
 from tools.console import ToolError, run_main, say, step
@@ -38,11 +39,7 @@ def quantize_checkpoint(source: Path, target: Path, scheme: str, **options: Any)
     from vllm_plugin_tm.quantization.convert import Options, convert
 
     recipe = {"recipe": RECIPE, "source": source.name, "scheme": scheme, **options}
-    if is_made(target, recipe):
-        return target
-    with _written_whole(target, recipe) as folder:
-        convert(source, folder, Options(scheme, **options))
-    return target
+    return make_once(target, recipe, lambda to: convert(source, to, Options(scheme, **options)))
 
 
 def smollm2(target: Path) -> Path:
@@ -73,12 +70,11 @@ def gemma3(target: Path) -> Path:
 
 def _from_gguf(target: Path, gguf: Path) -> Path:
     recipe = {"recipe": RECIPE, "source": gguf.name, "bytes": gguf.stat().st_size}
-    if is_made(target, recipe):
-        return target
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with _written_whole(target, recipe) as folder:
+    def write(folder: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
@@ -88,7 +84,8 @@ def _from_gguf(target: Path, gguf: Path) -> Path:
         model.save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         tokenizer.save_pretrained(folder)
-    return target
+
+    return make_once(target, recipe, write)
 
 
 def w4a16_name(group_size: int, symmetric: bool) -> str:
@@ -106,19 +103,24 @@ def is_made(target: Path, recipe: dict | None = None) -> bool:
     return found == recipe if recipe is not None else found.get("recipe") == RECIPE
 
 
-@contextmanager
-def _written_whole(target: Path, recipe: dict) -> Iterator[Path]:
-    """A folder to write into; it takes `target`'s place only when everything is in it."""
-    folder = target.with_name(f"{target.name}.new")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        (folder / STAMP).write_text(json.dumps(recipe, indent=1) + "\n")
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(folder, target)
-    finally:
+def make_once(target: Path, recipe: dict, write: Callable[[Path], object]) -> Path:
+    """`target`, made by `write` unless this recipe made it before; of several processes that ask at
+    once one writes, the others wait. It appears when everything is in it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f"{target.name}.lock")):
+        if is_made(target, recipe):
+            return target
+        folder = target.with_name(f"{target.name}.new")
         shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            write(folder)
+            (folder / STAMP).write_text(json.dumps(recipe, indent=1) + "\n")
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(folder, target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    return target
 
 
 def _gguf_file() -> Path:

@@ -71,18 +71,18 @@ def tiny(folder: Path, architecture: str = "llama", seed: int = 0, **changes: An
     changed = "".join(f"-{name}{value}" for name, value in sorted(changes.items()))
     target = folder / f"{architecture}-seed{seed}{changed}"
     recipe = {"recipe": 1, "seed": seed, "config": config.to_diff_dict()}
-    if make_model.is_made(target, json.loads(json.dumps(recipe))):
-        return target
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).bfloat16()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # transformers begins with zeros
-            torch.nn.init.normal_(parameter, std=0.5)
-        elif "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    model.save_pretrained(target)
-    (target / make_model.STAMP).write_text(json.dumps(recipe))
-    return target
+
+    def write(target: Path) -> None:
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config).bfloat16()
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # transformers begins with zeros
+                torch.nn.init.normal_(parameter, std=0.5)
+            elif "norm" in name:
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        model.save_pretrained(target)
+
+    return make_model.make_once(target, json.loads(json.dumps(recipe)), write)
 
 
 def quantized(

@@ -61,8 +61,10 @@ def quantized(plain: Path, kind: str) -> Path:
     """`plain` with every linear weight of attention, MLPs and experts in this format, beside it."""
     target = plain.with_name(f"{plain.name}-{kind}-library")
     recipe = {"recipe": 1, "kind": kind}
-    if make_model.is_made(target, recipe):
-        return target
+    return make_model.make_once(target, recipe, lambda folder: _write(plain, kind, folder))
+
+
+def _write(plain: Path, kind: str, target: Path) -> None:
     weights = {"type": "float", "symmetric": True, "dynamic": False} | WEIGHTS[kind]
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     compressor = BaseCompressor.get_value_from_registry(FORMATS[kind])
@@ -85,11 +87,8 @@ def quantized(plain: Path, kind: str) -> Path:
         "ignore": ["lm_head", "re:.*mlp.gate$", "re:.*block_sparse_moe.gate$"],
         "config_groups": {"group_0": group},
     }
-    target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(json.dumps(config))
     save_file(state, target / make_model.WEIGHTS, metadata={"format": "pt"})
-    (target / make_model.STAMP).write_text(json.dumps(recipe))
-    return target
 
 
 def dequantized(checkpoint: Path, kind: str, folder: Path) -> Path:
