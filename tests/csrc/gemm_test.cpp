@@ -7,6 +7,7 @@
 #include "gemm_problem.h"
 #include "machine_limits.h"
 #include "moe_test.h"
+#include "quantize_weights_test.h"
 
 namespace {
 
@@ -149,6 +150,7 @@ int main(int argc, char** argv) {
     test_shapes();
     test_moe_shapes();
     test_machine_limits();
+    test_quantize_weights();
   }
   std::printf("%" PRId64 " checks, %d failures, up to %s\n", checks, failures,
               isa_name(best_isa()));

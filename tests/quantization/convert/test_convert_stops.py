@@ -42,6 +42,15 @@ def test_bytes_do_not_depend_on_workers_or_pieces(
     assert cases.files_of(tmp_path / "dst") == expected
 
 
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a16", "w8a8"])
+def test_bytes_do_not_depend_on_the_kernel(source, tmp_path, monkeypatch, scheme):
+    """Where the extension is missing, or the processor has no AVX2, torch does the arithmetic."""
+    convert(source, tmp_path / "kernel", Options(scheme))
+    monkeypatch.setattr(run.compiled, "_is_available", lambda: False)
+    convert(source, tmp_path / "torch", Options(scheme))
+    assert cases.files_of(tmp_path / "torch") == cases.files_of(tmp_path / "kernel")
+
+
 def stopped(source, target, monkeypatch, after: int) -> None:
     """Converts until so many pieces are made, then is interrupted."""
     monkeypatch.setattr("vllm_plugin_tm.quantization.convert.engine.PIECE_WEIGHTS", 1 << 13)

@@ -133,17 +133,31 @@ def dequantize_fp8_block(codes: Tensor, scale: Tensor, block: int) -> Tensor:
     return codes.float() * spread
 
 
-def first_not_finite(weight: Tensor) -> tuple[int, int, float] | None:
-    """Row, column and value of the first weight that is infinite or not a number; None if none."""
+class NotFiniteError(ValueError):
+    """A weight is infinite or not a number: `value` at `row`, `column` of its matrix."""
+
+    def __init__(self, row: int, column: int, value: float) -> None:
+        super().__init__(row, column, value)
+        self.row, self.column, self.value = row, column, value
+
+    def text(self, layer: str, first_row: int = 0, of_what: str = "") -> str:
+        """What a user is told: the matrix of `layer`, whose rows begin with `first_row` here."""
+        return (
+            f"{layer} is {self.value} at output row {first_row + self.row}, input {self.column}"
+            f"{of_what}; the checkpoint is damaged, a scale made of it would be too"
+        )
+
+
+def check_finite(weight: Tensor) -> None:
+    """Raises NotFiniteError naming the first weight that is infinite or not a number."""
     # One pass and no mask: a sum with such a weight in it is one itself. Large weights may make it
     # one too; the second look tells.
     if torch.isfinite(weight.sum()):
-        return None
+        return
     bad = (~torch.isfinite(weight)).nonzero()
-    if not len(bad):
-        return None
-    row, column = (int(index) for index in bad[0])
-    return row, column, float(weight[row, column])
+    if len(bad):
+        row, column = (int(index) for index in bad[0])
+        raise NotFiniteError(row, column, float(weight[row, column]))
 
 
 def _from_range(

@@ -15,14 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_plugin_tm.quantization.convert import compiled
 from vllm_plugin_tm.quantization.convert.destination import Destination
 from vllm_plugin_tm.quantization.convert.errors import ConvertError
 from vllm_plugin_tm.quantization.convert.options import BLOCK, INT_QUANTIZED, Options
 from vllm_plugin_tm.quantization.convert.plan import Job, Plan
 from vllm_plugin_tm.quantization.convert.rounding import (
+    NotFiniteError,
     Reduce,
     Rounding,
-    first_not_finite,
+    check_finite,
     quantize_fp8,
     quantize_fp8_block,
     quantize_int,
@@ -162,9 +164,12 @@ def make_piece(piece: Piece, plan: Plan, reader: Reader) -> Iterator[tuple[str, 
         first = piece.begin * matrix.columns
         yield job.outputs[0].name, weight.to(matrix.dtype), first
         return
-    _check_finite(matrix.module, weight, piece.begin)
     outputs = {spec.name.removeprefix(f"{matrix.module}."): spec for spec in job.outputs}
-    for name, data in quantize(weight, job.group_size, options, matrix.dtype).items():
+    try:
+        tensors = quantize(weight, job.group_size, options, matrix.dtype)
+    except NotFiniteError as error:
+        raise ConvertError(error.text(f"{matrix.module}.weight", piece.begin)) from None
+    for name, data in tensors.items():
         spec = outputs[name]
         first = piece.begin // rows_of_one(name, job.group_size, options)
         yield spec.name, data, first * spec.shape[1]
@@ -184,9 +189,10 @@ def quantize(
 
     The values of `weight_scale` and, by format, `weight_packed` and `weight_zero_point`, or
     `weight`. `reduce` is rounding's. N is a multiple of unit_rows() unless the rows are the
-    matrix's last.
+    matrix's last. Raises NotFiniteError for weights that are infinite or not a number.
     """
     if options.details.kind == "float":
+        check_finite(weight)
         power_of_two = options.scales == "ue8m0"
         if options.in_blocks(group_size):
             codes, scale = quantize_fp8_block(
@@ -200,10 +206,18 @@ def quantize(
     rounding = Rounding(
         options.details.bits, group_size, options.symmetric, options.method, options.mse_weight
     )
-    codes, scale, zero = quantize_int(weight, rounding, scale_dtype, reduce)
-    if options.weight_format == INT_QUANTIZED:
+    packed = options.weight_format != INT_QUANTIZED
+    made = None
+    if reduce is None:
+        made = compiled.quantize_weights(weight, rounding, scale_dtype, packed=packed)
+    if made is None:
+        check_finite(weight)
+        codes, scale, zero = quantize_int(weight, rounding, scale_dtype, reduce)
+        made = (pack_to_int32(codes, rounding.bits) if packed else codes), scale, zero
+    codes, scale, zero = made
+    if not packed:
         return {"weight": codes, "weight_scale": scale}
-    tensors = {"weight_packed": pack_to_int32(codes, rounding.bits), "weight_scale": scale}
+    tensors = {"weight_packed": codes, "weight_scale": scale}
     if zero is not None:
         tensors["weight_zero_point"] = pack_to_int32(zero, rounding.bits, packed_dim=0)
     return tensors
@@ -235,13 +249,3 @@ def rows_of_one(name: str, group_size: int, options: Options) -> int:
     if name == "weight_zero_point":
         return WORD_BITS // options.details.bits
     return group_size if options.in_blocks(group_size) and name == "weight_scale" else 1
-
-
-def _check_finite(module: str, weight: Tensor, begin: int) -> None:
-    bad = first_not_finite(weight)
-    if bad is not None:
-        row, column, value = bad
-        raise ConvertError(
-            f"{module}.weight is {value} at output row {begin + row}, input {column}; "
-            "the checkpoint is damaged, a scale made of it would be too"
-        )

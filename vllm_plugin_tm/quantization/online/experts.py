@@ -9,7 +9,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_plugin_tm import heap
 from vllm_plugin_tm.quantization.convert.plan import indivisible
-from vllm_plugin_tm.quantization.online.fill import fill, finite
+from vllm_plugin_tm.quantization.online.fill import fill
 from vllm_plugin_tm.quantization.online.linear import DONE, refuse_cut
 from vllm_plugin_tm.quantization.online.options import KEY, OnlineError
 
@@ -76,11 +76,11 @@ class _OnlineExperts:
                 if key.startswith(f"{name}_")
             }
             for expert, weight in enumerate(weights.pop(name)):
-                finite(f"{self.tm_prefix}.{expert} ({name})", weight)
                 own = {key: data[expert] for key, data in parts.items() if data.numel()}
                 scale_dtype = self.tm_online.scale_dtype(weight.dtype)
                 group, whole_rows = options.weight_group, not split or name == "w13"
-                fill(own, weight, group, options, scale_dtype, split=not whole_rows)
+                where = f"{self.tm_prefix}.{expert} ({name})"
+                fill(own, weight, group, options, scale_dtype, split=not whole_rows, layer=where)
         super().process_weights_after_loading(layer)  # type: ignore[misc]
         heap.trim()
         setattr(layer, DONE, True)

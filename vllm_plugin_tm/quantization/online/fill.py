@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vllm_plugin_tm.quantization.convert.options import Options
-from vllm_plugin_tm.quantization.convert.rounding import Reduce, first_not_finite
+from vllm_plugin_tm.quantization.convert.rounding import NotFiniteError, Reduce
 from vllm_plugin_tm.quantization.convert.run import (
     PIECE_WEIGHTS,
     quantize,
@@ -26,12 +26,14 @@ def fill(
     scale_dtype: torch.dtype,
     *,
     split: bool,
+    layer: str,
 ) -> None:
     """Quantizes a weight [N, K] into a layer's tensors of the format's names: weight_packed or
     weight, weight_scale, weight_zero_point, weight_shape.
 
     `split`: the weight is a part of rows that other ranks have the rest of; scales of whole rows
-    then come from all parts.
+    then come from all parts. Raises OnlineError naming `layer` for weights that are no finite
+    numbers.
     """
     n, k = weight.shape
     unit = unit_rows(options)
@@ -39,22 +41,15 @@ def fill(
     reduce = _over_ranks(options) if split and group_size == CHANNEL else None
     for row in range(0, n, step):
         piece = weight[row : row + step]
-        for name, data in quantize(piece, group_size, options, scale_dtype, reduce).items():
+        try:
+            made = quantize(piece, group_size, options, scale_dtype, reduce)
+        except NotFiniteError as error:
+            raise OnlineError(error.text(f"{layer}: the weight", row, " of this shard")) from None
+        for name, data in made.items():
             at = row // rows_of_one(name, group_size, options)
             tensors[name][at : at + len(data)].copy_(data)
     if "weight_shape" in tensors:
         tensors["weight_shape"].copy_(torch.tensor([n, k]))
-
-
-def finite(layer: str, weight: Tensor) -> None:
-    """Raises OnlineError naming layer, place and value of the first weight that is no number."""
-    bad = first_not_finite(weight)
-    if bad is not None:
-        row, column, value = bad
-        raise OnlineError(
-            f"{layer}: the weight is {value} at output row {row}, input {column} of this shard; "
-            "the checkpoint is damaged, a scale made of it would be too"
-        )
 
 
 def _over_ranks(options: Options) -> Reduce:

@@ -15,7 +15,7 @@ from vllm.model_executor.parameter import ModelWeightParameter
 from vllm_plugin_tm import heap
 from vllm_plugin_tm.quantization.convert.options import Options
 from vllm_plugin_tm.quantization.convert.plan import indivisible
-from vllm_plugin_tm.quantization.online.fill import fill, finite
+from vllm_plugin_tm.quantization.online.fill import fill
 from vllm_plugin_tm.quantization.online.options import KEY, OnlineError
 from vllm_plugin_tm.quantization.support_matrix import CHANNEL
 
@@ -98,13 +98,13 @@ class OnlineLinearMethod(CompressedTensorsLinearMethod):
         if getattr(layer, DONE, False):
             return
         weight: Tensor = layer._parameters.pop("weight").data
-        finite(self._prefix, weight)
         super().create_weights(layer, *self._arguments, **self._attributes)
         row_parallel = self._arguments[0] != self._arguments[2]
         parts = {name: param.data for name, param in layer.named_parameters(recurse=False)}
         scale_dtype = self._config.scale_dtype(weight.dtype)
         options = self._config.options
-        fill(parts, weight, self._group_size, options, scale_dtype, split=row_parallel)
+        group, name = self._group_size, self._prefix
+        fill(parts, weight, group, options, scale_dtype, split=row_parallel, layer=name)
         del weight
         super().process_weights_after_loading(layer)
         # Temporary tensors of many sizes leave holes: 10 MB more with every 20 reloads of 3 MB.
