@@ -120,30 +120,56 @@ void offset_bytes(int8_t* codes, int64_t count) {
   }
 }
 
-/// One row; `nibbles` is scratch of k bytes. False where a weight is not finite.
+/// What a thread needs for a row.
+struct Scratch {
+  std::vector<float> low, high, scale, zero;
+  std::vector<int8_t> codes;
+
+  explicit Scratch(const QuantizeWeights& a) : codes(a.packed && a.bits == 4 ? a.k : 0) {
+    for (std::vector<float>* each : {&low, &high, &scale, &zero}) each->resize(a.k / a.group);
+  }
+};
+
+/// Extremes of a row's groups. False where a weight is not finite.
 template <DType D>
-bool quantize_row(const QuantizeWeights& a, int64_t row, int8_t* nibbles) {
-  const char* weight = static_cast<const char*>(a.weight) + row * a.k * dtype_size(D);
-  const int64_t groups = a.k / a.group;
-  const bool halves = a.packed && a.bits == 4;
-  int8_t* codes = halves ? nibbles : static_cast<int8_t*>(a.codes) + row * a.k;
-  for (int64_t g = 0; g < groups; ++g) {
-    const char* from = weight + g * a.group * dtype_size(D);
-    __m256 low = Avx2::load_full<D>(from), high = low;
-    __m256 bad = _mm256_sub_ps(low, low);  // not a number for infinities, too
-    for (int64_t i = kLanes; i < a.group; i += kLanes) {
-      const __m256 v = Avx2::load_full<D>(from + i * dtype_size(D));
+bool extremes(const char* weight, int64_t groups, int64_t group, Scratch& s) {
+  __m256 bad = _mm256_setzero_ps();
+  for (int64_t g = 0; g < groups; ++g, weight += group * dtype_size(D)) {
+    __m256 low = Avx2::load_full<D>(weight), high = low;
+    bad = _mm256_or_ps(bad, _mm256_sub_ps(low, low));  // not a number for infinities, too
+    for (int64_t i = kLanes; i < group; i += kLanes) {
+      const __m256 v = Avx2::load_full<D>(weight + i * dtype_size(D));
       low = _mm256_min_ps(low, v);
       high = _mm256_max_ps(high, v);
       bad = _mm256_or_ps(bad, _mm256_sub_ps(v, v));
     }
-    if (_mm256_movemask_ps(_mm256_cmp_ps(bad, bad, _CMP_UNORD_Q)) != 0) return false;
-    const Step step = step_of(lowest(low), highest(high), a);
-    store_scale(a.scale, row * groups + g, step.scale, a.scale_dtype);
-    if (a.zero) a.zero[row * groups + g] = static_cast<int8_t>(step.zero);
-    codes_of<D>(from, a.group, step, a.bits, codes + g * a.group);
+    s.low[g] = lowest(low);
+    s.high[g] = highest(high);
   }
-  if (halves) pack_nibbles(nibbles, a.k, static_cast<uint8_t*>(a.codes) + row * a.k / 2);
+  return _mm256_movemask_ps(_mm256_cmp_ps(bad, bad, _CMP_UNORD_Q)) == 0;
+}
+
+/// One row. False where a weight is not finite.
+template <DType D>
+bool quantize_row(const QuantizeWeights& a, int64_t row, Scratch& s) {
+  const char* weight = static_cast<const char*>(a.weight) + row * a.k * dtype_size(D);
+  const int64_t groups = a.k / a.group;
+  const bool halves = a.packed && a.bits == 4;
+  int8_t* codes = halves ? s.codes.data() : static_cast<int8_t*>(a.codes) + row * a.k;
+  // A loop of its own for each step: its groups do not wait for each other, and a step's latencies are hidden.
+  if (!extremes<D>(weight, groups, a.group, s)) return false;
+  for (int64_t g = 0; g < groups; ++g) {
+    const Step step = step_of(s.low[g], s.high[g], a);
+    s.scale[g] = step.scale;
+    s.zero[g] = step.zero;
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    store_scale(a.scale, row * groups + g, s.scale[g], a.scale_dtype);
+    if (a.zero) a.zero[row * groups + g] = static_cast<int8_t>(s.zero[g]);
+  }
+  for (int64_t g = 0; g < groups; ++g)
+    codes_of<D>(weight + g * a.group * dtype_size(D), a.group, {s.scale[g], s.zero[g]}, a.bits, codes + g * a.group);
+  if (halves) pack_nibbles(codes, a.k, static_cast<uint8_t*>(a.codes) + row * a.k / 2);
   if (a.packed && a.bits == 8) offset_bytes(codes, a.k);
   return true;
 }
@@ -152,10 +178,10 @@ template <DType D>
 int64_t quantize(const QuantizeWeights& a, const Parallel& parallel) {
   std::atomic<int64_t> first{a.n};
   parallel(parallel.threads, [&](int64_t task) {
-    std::vector<int8_t> nibbles(static_cast<size_t>(a.packed && a.bits == 4 ? a.k : 0));
+    Scratch scratch(a);
     const Range rows = part(a.n, parallel.threads, task);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-      if (quantize_row<D>(a, row, nibbles.data())) continue;
+      if (quantize_row<D>(a, row, scratch)) continue;
       int64_t seen = first.load();
       while (row < seen && !first.compare_exchange_weak(seen, row)) {
       }
