@@ -152,9 +152,7 @@ def test_a_packed_head_that_the_checkpoint_lacks_is_missing(tmp_path):
     """Tied to embeddings that are not packed, it cannot be made of them."""
     packed_head_only(tmp_path)
     tie(tmp_path)
-    with pytest.raises(
-        CheckpointError, match=r"missing.*\n  lm_head.weight_packed"
-    ):
+    with pytest.raises(CheckpointError, match=r"missing.*\n  lm_head.weight_packed"):
         tiny_llama.load(tmp_path)
 
 

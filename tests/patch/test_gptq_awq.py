@@ -2,10 +2,10 @@
 """GPTQ and AWQ checkpoints of the same weights end in the tensors that compressed-tensors does, and
 in the same op: they cannot differ in speed."""
 
+import packed_llama
 import pytest
 import tiny_llama
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_plugin_tm.kernels import ops
@@ -19,30 +19,7 @@ from vllm_plugin_tm.patch import apply
 
 pytestmark = pytest.mark.slow
 
-# AWQ's order of columns within a 32-bit word.
-AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 NAMES = {"weight_packed": "qweight", "weight_scale": "scales", "weight_zero_point": "qzeros"}
-
-
-def gptq(bits, group):
-    return {
-        "quant_method": "gptq",
-        "bits": bits,
-        "group_size": group,
-        "desc_act": False,
-        "sym": True,
-    }
-
-
-def awq(group, zero_point=True):
-    return {
-        "quant_method": "awq",
-        "bits": 4,
-        "group_size": group,
-        "zero_point": zero_point,
-        "version": "gemm",
-        "modules_to_not_convert": ["lm_head"],
-    }
 
 
 @pytest.fixture(autouse=True)
@@ -52,64 +29,6 @@ def _patched(monkeypatch):
     apply.apply()
     yield
     apply.remove()
-
-
-def codes(packed, k, bits=4, packed_dim=1):
-    """Unsigned codes from compressed-tensors' packing."""
-    shape = torch.Size((packed.shape[0], k))
-    if packed_dim == 0:
-        shape = torch.Size((k, packed.shape[1]))
-    return unpack_from_int32(packed, bits, shape, packed_dim=packed_dim).int() + (1 << (bits - 1))
-
-
-def words(values, bits=4):
-    """As many unsigned codes of the last dimension as an int32 holds into one, the first in the
-    lowest bits."""
-    shifts = torch.arange(0, 32, bits)
-    wide = (values.reshape(*values.shape[:-1], -1, 32 // bits).long() << shifts).sum(-1)
-    return wide.to(torch.int32)
-
-
-def awq_words(values):
-    return words(values.reshape(*values.shape[:-1], -1, 8)[..., AWQ_ORDER].flatten(-2))
-
-
-def converted(state, layer_tensors, bits=4):
-    """The checkpoint with every quantized layer's tensors replaced by layer_tensors(...)."""
-    result = {}
-    for name, tensor in state.items():
-        base, _, leaf = name.rpartition(".")
-        if leaf == "weight_packed":
-            k = int(state[f"{base}.weight_shape"][1])
-            zeros = state.get(f"{base}.weight_zero_point")
-            new = layer_tensors(codes(tensor, k, bits), state[f"{base}.weight_scale"], zeros, bits)
-            result.update({f"{base}.{key}": value.contiguous() for key, value in new.items()})
-        elif leaf not in ("weight_scale", "weight_shape", "weight_zero_point"):
-            result[name] = tensor
-    return result
-
-
-def gptq_tensors(values, scale, _zeros, bits):
-    n, k = values.shape
-    groups = scale.shape[1]
-    # GPTQ stores the zero point less one: the middle code is 7 in every nibble, 127 in every byte.
-    less_one = torch.full((groups, n), (1 << (bits - 1)) - 1)
-    return {
-        "qweight": words(values, bits).t(),
-        "scales": scale.t(),
-        "qzeros": words(less_one, bits),
-        "g_idx": torch.arange(k, dtype=torch.int32) // (k // groups),
-    }
-
-
-def awq_tensors(values, scale, zeros, _bits):
-    n, groups = scale.shape
-    zero = torch.full((n, groups), 8) if zeros is None else codes(zeros, n, packed_dim=0)
-    return {
-        "qweight": awq_words(values.t()),
-        "scales": scale.t(),
-        "qzeros": awq_words(zero.t()),
-    }
 
 
 class Ops(TorchDispatchMode):
@@ -167,8 +86,10 @@ def test_same_weights_same_kernel_tensors(tmp_path, kind, bits, method, op, grou
     tiny_llama.save(tmp_path / "ct", state, group, symmetric=symmetric, bits=bits)
     want = tiny_llama.load(tmp_path / "ct")
 
-    other = converted(state, gptq_tensors if kind == "gptq" else awq_tensors, bits)
-    quantization = gptq(bits, group) if kind == "gptq" else awq(group)
+    other = packed_llama.converted(
+        state, packed_llama.gptq_tensors if kind == "gptq" else packed_llama.awq_tensors, bits
+    )
+    quantization = packed_llama.gptq(bits, group) if kind == "gptq" else packed_llama.awq(group)
     tiny_llama.save(tmp_path / "other", other, quantization=quantization)
     model = tiny_llama.load(tmp_path / "other", dtype="bfloat16")
     # At group 128 the layers whose input is one group stand in a row of their own.
@@ -192,8 +113,8 @@ def test_awq_without_zero_points(tmp_path):
     are, bit for bit; another zero point in the file is not ignored."""
     state = tiny_llama.tensors()
     tiny_llama.save(tmp_path / "ct", state)
-    other = converted(state, awq_tensors)
-    tiny_llama.save(tmp_path / "awq", other, quantization=awq(32, zero_point=False))
+    other = packed_llama.converted(state, packed_llama.awq_tensors)
+    tiny_llama.save(tmp_path / "awq", other, quantization=packed_llama.awq(32, zero_point=False))
     model = tiny_llama.load(tmp_path / "awq", dtype="bfloat16")
     row = layer_table.last()[0]
     assert (row.scheme, row.on_tm, row.count) == ("AutoAWQMarlinLinearMethod", True, 8)
@@ -201,7 +122,7 @@ def test_awq_without_zero_points(tmp_path):
 
     changed = "model.layers.0.mlp.down_proj"
     other[f"{changed}.qzeros"] += 1
-    tiny_llama.save(tmp_path / "moved", other, quantization=awq(32, zero_point=False))
+    tiny_llama.save(tmp_path / "moved", other, quantization=packed_llama.awq(32, zero_point=False))
     moved = products(tiny_llama.load(tmp_path / "moved", dtype="bfloat16"))
     same = {name: torch.equal(y, moved[name][-1]) for name, (*_, y) in products(model).items()}
     assert [name for name, equal in same.items() if not equal] == [changed]
@@ -219,7 +140,9 @@ def test_layers_that_are_not_ours_are_refused_by_upstream(
     tmp_path, monkeypatch, bits, group, schemes, words
 ):
     monkeypatch.setenv("VLLM_PLUGIN_TM_SCHEMES", schemes)
-    other = converted(tiny_llama.tensors(group, bits=bits), gptq_tensors, bits)
-    tiny_llama.save(tmp_path, other, quantization=gptq(bits, group))
+    other = packed_llama.converted(
+        tiny_llama.tensors(group, bits=bits), packed_llama.gptq_tensors, bits
+    )
+    tiny_llama.save(tmp_path, other, quantization=packed_llama.gptq(bits, group))
     with pytest.raises(ValueError, match=words):
         tiny_llama.load(tmp_path, dtype="bfloat16")
