@@ -177,3 +177,18 @@ def test_help_and_wrong_commands(capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["operate"])
     assert caught.value.code == 2
+
+
+@needs_extension
+def test_the_matrix_says_what_groups_float_weights_have(monkeypatch):
+    """Not those of integers: a format of FP4 has one size, FP8 blocks or none."""
+    pytest.importorskip("torch")
+    from vllm_plugin_tm import machine
+    from vllm_plugin_tm.quantization.support_matrix import Machine
+
+    monkeypatch.setattr(machine, "detect", lambda: Machine("cpu", "avx2"))
+    found = {check.name: check.detail for check in checks._matrix()}
+    assert found["fp4 mxfp4 nvfp4"].endswith("groups 32 (MXFP4), 16 (NVFP4)")
+    assert found["fp8 float8_e4m3fn"].endswith("blocks (128 x 128 and others)")
+    (integers,) = (detail for name, detail in found.items() if name.startswith("w4a16 "))
+    assert integers.endswith("groups 32, 64, 128, channel")

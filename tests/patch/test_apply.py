@@ -21,9 +21,9 @@ from vllm.model_executor.layers.quantization import auto_gptq, fp8
 from vllm.platforms import PlatformEnum
 from vllm.v1.worker import cpu_worker
 
-from vllm_plugin_tm.patch import apply, float_methods, moe_methods, worker
+from vllm_plugin_tm.patch import apply, float_methods, linear_methods, moe_methods, worker
 
-SWAPS = {patch: patch.SWAPS.swaps for patch in (float_methods, moe_methods, worker)}
+SWAPS = {patch: patch.SWAPS.swaps for patch in (float_methods, linear_methods, moe_methods, worker)}
 
 
 def swapped_classes(patch):
@@ -68,8 +68,8 @@ def test_apply_is_idempotent_and_read_back():
     assert [(row.name, row.applied, row.problems) for row in apply.status()] == [
         (name, True, ())
         for name in (
-            *("mixed_precision", "scaled_mm", "float_kernels", "float_methods", "moe_methods"),
-            *("online", "model_loader", "weight_transfer", "worker"),
+            *("mixed_precision", "scaled_mm", "float_kernels", "float_methods", "linear_methods"),
+            *("moe_methods", "online", "model_loader", "weight_transfer", "worker"),
         )
     ]
 
@@ -93,6 +93,7 @@ def test_status_tells_what_is_not_applied(monkeypatch):
     for name, owner, upstream in (
         ("float_kernels", linear, "MarlinNvFp4LinearKernel"),
         ("float_methods", fp8, "Fp8LinearMethod"),
+        ("linear_methods", auto_gptq, "AutoGPTQLinearMethod"),
         ("moe_methods", auto_gptq, "AutoGPTQMoEMethod"),
         ("worker", cpu_worker, "CPUWorker"),
     ):

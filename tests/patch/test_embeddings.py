@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized input embeddings and output heads of compressed-tensors checkpoints."""
 
+import json
+
 import pytest
 import tiny_llama
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from safetensors.torch import load_file, save_file
 
 from vllm_plugin_tm.kernels import ops
 
@@ -14,6 +17,7 @@ if not ops.is_available():
 
 from vllm_plugin_tm import layer_table
 from vllm_plugin_tm.patch import apply
+from vllm_plugin_tm.quantization.load_check import CheckpointError
 
 pytestmark = pytest.mark.slow
 
@@ -38,6 +42,16 @@ def weights(bits, group, symmetric=True):
         "group_size": group,
         "dynamic": False,
     }
+
+
+def tie(path, drop=(HEAD,)):
+    """Makes the checkpoint's embeddings the head's too, whose own tensors go."""
+    config = json.loads((path / "config.json").read_text())
+    config["tie_word_embeddings"] = True
+    (path / "config.json").write_text(json.dumps(config))
+    state = load_file(path / "model.safetensors")
+    kept = {name: t for name, t in state.items() if not name.startswith(drop)}
+    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
 
 
 def write(path, bits, group, head=False, symmetric=True):
@@ -110,3 +124,43 @@ def test_zero_points_are_refused(tmp_path):
     write(tmp_path, 4, 32, symmetric=False)
     with pytest.raises(ValueError, match=r"embeddings of 4 bits, symmetric=False: supported are"):
         tiny_llama.load(tmp_path)
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["", "head"])
+def test_tied_to_the_head_they_are_refused(tmp_path, head):
+    """Upstream would look for unpacked weights to share, and find none."""
+    write(tmp_path, 4, 32, head)
+    tie(tmp_path)
+    with pytest.raises(ValueError, match=r"the output head shares \(tie_word_embeddings is true\)"):
+        tiny_llama.load(tmp_path)
+
+
+def packed_head_only(path):
+    """A checkpoint whose head is packed and whose embeddings are not; the head's real weights."""
+    real = write(path, 4, 32, head=True)[HEAD]
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_1"]["targets"] = ["re:.*lm_head$"]
+    (path / "config.json").write_text(json.dumps(config))
+    state = load_file(path / "model.safetensors")
+    state = {name: t for name, t in state.items() if not name.startswith(EMBEDDING)}
+    state[f"{EMBEDDING}.weight"] = tiny_llama.tensors()[f"{EMBEDDING}.weight"]
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    return real
+
+
+def test_a_packed_head_that_the_checkpoint_lacks_is_missing(tmp_path):
+    """Tied to embeddings that are not packed, it cannot be made of them."""
+    packed_head_only(tmp_path)
+    tie(tmp_path)
+    with pytest.raises(CheckpointError, match=r"missing.*\n  lm_head.weight_packed"):
+        tiny_llama.load(tmp_path)
+
+
+def test_a_packed_head_of_a_tied_model_is_the_checkpoints(tmp_path):
+    """It has its own tensors in the file, whatever the configuration says of tying."""
+    real = packed_head_only(tmp_path)
+    tie(tmp_path, ("nothing",))
+    model = tiny_llama.load(tmp_path)
+    x = torch.randn(3, tiny_llama.HIDDEN).bfloat16()
+    logits = model.lm_head.quant_method.apply(model.lm_head, x)[:, : tiny_llama.VOCABULARY]
+    torch.testing.assert_close(logits.float(), x.float() @ real.T, rtol=0.01, atol=0.05)

@@ -2,6 +2,8 @@
 """FP8 and FP4 checkpoints of every form through vLLM's loader: each layer against the oracle on
 the checkpoint's own tensors, the layer table, reloads, and what is refused by name."""
 
+from dataclasses import replace
+
 import float_llama
 import pytest
 import tiny_llama
@@ -147,4 +149,14 @@ def first(value):
 def test_damage_is_refused_by_name(tmp_path, name, spoil, message):
     write(tmp_path, name, spoil)
     with pytest.raises((CheckpointError, ValueError), match=message):
+        tiny_llama.load(tmp_path)
+
+
+def test_parts_that_end_inside_a_block_are_refused_by_name(tmp_path, monkeypatch):
+    """64 rows of keys in blocks of 128, before the values: upstream lets this method's fused layers
+    through."""
+    monkeypatch.setitem(FORMS, "wide", replace(FORMS["fp8 block"], block=128))
+    write(tmp_path, "wide")
+    message = r"qkv_proj: the output size of a part of a fused layer \(64, of \[128, 64, 64\]\)"
+    with pytest.raises(ValueError, match=message):
         tiny_llama.load(tmp_path)

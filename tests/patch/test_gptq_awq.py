@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPTQ and AWQ checkpoints of the same weights end in the tensors that compressed-tensors does."""
+"""GPTQ and AWQ checkpoints of the same weights end in the tensors that compressed-tensors does, and
+in the same op: they cannot differ in speed."""
 
+import packed_llama
 import pytest
 import tiny_llama
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_plugin_tm.kernels import ops
 
@@ -17,17 +19,7 @@ from vllm_plugin_tm.patch import apply
 
 pytestmark = pytest.mark.slow
 
-# AWQ's order of columns within a 32-bit word.
-AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
-AWQ = {
-    "quant_method": "awq",
-    "bits": 4,
-    "group_size": 32,
-    "zero_point": True,
-    "version": "gemm",
-    "modules_to_not_convert": ["lm_head"],
-}
+NAMES = {"weight_packed": "qweight", "weight_scale": "scales", "weight_zero_point": "qzeros"}
 
 
 @pytest.fixture(autouse=True)
@@ -39,82 +31,118 @@ def _patched(monkeypatch):
     apply.remove()
 
 
-def codes(packed, k, packed_dim=1):
-    """Unsigned codes from compressed-tensors' packing."""
-    shape = torch.Size((packed.shape[0], k))
-    if packed_dim == 0:
-        shape = torch.Size((k, packed.shape[1]))
-    return unpack_from_int32(packed, 4, shape, packed_dim=packed_dim).int() + 8
+class Ops(TorchDispatchMode):
+    """Names the ops that run inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
 
 
-def words(values):
-    """Eight unsigned codes of the last dimension into one int32, the first in the lowest bits."""
-    shifts = torch.arange(0, 32, 4)
-    wide = (values.reshape(*values.shape[:-1], -1, 8).long() << shifts).sum(-1)
-    return wide.to(torch.int32)
+def products(model):
+    """Name -> ops of ours that a quantized layer runs, and what they make of the same x."""
+    found = {}
+    for name, module in model.named_modules():
+        kernel = layer_table.tm_kernel_of(module)
+        if kernel is None:
+            continue
+        generator = torch.Generator().manual_seed(1)
+        k = kernel.config.partition_weight_shape[0]
+        x = torch.randn(5, k, generator=generator).bfloat16()
+        with Ops() as ops_run:
+            y = module.quant_method.apply(module, x)
+        ours = [op for op in ops_run.names if op.startswith("vllm_plugin_tm.")]
+        found[name] = (type(kernel), kernel.group_size, kernel.plan.product, ours, y)
+    return found
 
 
-def awq_words(values):
-    return words(values.reshape(*values.shape[:-1], -1, 8)[..., AWQ_ORDER].flatten(-2))
+def check_same_products(want, found):
+    want, found = products(want), products(found)
+    assert want.keys() == found.keys()
+    for name, (*how, y) in want.items():
+        *other, other_y = found[name]
+        assert how == other, name
+        assert len(how[-1]) == 1, name
+        assert torch.equal(y, other_y), name
+    return {op for *_, (op,), _ in want.values()}
 
 
-def converted(state, layer_tensors):
-    """The checkpoint with every quantized layer's tensors replaced by layer_tensors(...)."""
-    result = {}
-    for name, tensor in state.items():
-        base, _, leaf = name.rpartition(".")
-        if leaf == "weight_packed":
-            n, k = state[f"{base}.weight_shape"].tolist()
-            zeros = state.get(f"{base}.weight_zero_point")
-            new = layer_tensors(codes(tensor, k), state[f"{base}.weight_scale"], zeros, n, k)
-            result.update({f"{base}.{key}": value.contiguous() for key, value in new.items()})
-        elif leaf not in ("weight_scale", "weight_shape", "weight_zero_point"):
-            result[name] = tensor
-    return result
-
-
-def gptq_tensors(values, scale, _zeros, n, k):
-    return {
-        "qweight": words(values.t().reshape(k // 8, 8, n).transpose(1, 2)).squeeze(-1),
-        "scales": scale.t(),
-        # GPTQ stores the zero point less one: 8 is seven in every nibble.
-        "qzeros": torch.full((scale.shape[1], n // 8), 0x77777777, dtype=torch.int32),
-        "g_idx": torch.arange(k, dtype=torch.int32) // 32,
-    }
-
-
-def awq_tensors(values, scale, zeros, n, _k):
-    return {
-        "qweight": awq_words(values.t()),
-        "scales": scale.t(),
-        "qzeros": awq_words(codes(zeros, n, packed_dim=0).t()),
-    }
-
-
+@pytest.mark.parametrize("group", [16, 32, 64, 128, -1])
 @pytest.mark.parametrize(
-    ("quantization", "layer_tensors", "symmetric", "method"),
+    ("kind", "bits", "method", "op"),
     [
-        (GPTQ, gptq_tensors, True, "AutoGPTQLinearMethod"),
-        (AWQ, awq_tensors, False, "AutoAWQMarlinLinearMethod"),
+        ("gptq", 4, "AutoGPTQLinearMethod", "w4a16_linear"),
+        ("gptq", 8, "AutoGPTQLinearMethod", "w8a16_linear"),
+        ("awq", 4, "AutoAWQMarlinLinearMethod", "w4a16_linear"),
     ],
 )
-def test_same_weights_same_kernel_tensors(tmp_path, quantization, layer_tensors, symmetric, method):
-    state = tiny_llama.tensors(symmetric=symmetric)
-    tiny_llama.save(tmp_path / "ct", state, symmetric=symmetric)
+def test_same_weights_same_kernel_tensors(tmp_path, kind, bits, method, op, group):
+    symmetric = kind == "gptq"
+    state = tiny_llama.tensors(group, symmetric=symmetric, bits=bits)
+    tiny_llama.save(tmp_path / "ct", state, group, symmetric=symmetric, bits=bits)
     want = tiny_llama.load(tmp_path / "ct")
 
-    other = converted(state, layer_tensors)
+    other = packed_llama.converted(
+        state, packed_llama.gptq_tensors if kind == "gptq" else packed_llama.awq_tensors, bits
+    )
+    quantization = packed_llama.gptq(bits, group) if kind == "gptq" else packed_llama.awq(group)
     tiny_llama.save(tmp_path / "other", other, quantization=quantization)
     model = tiny_llama.load(tmp_path / "other", dtype="bfloat16")
-    row = layer_table.last()[0]
-    assert (row.scheme, row.on_tm, row.count) == (method, True, 8)
+    # At group 128 the layers whose input is one group stand in a row of their own.
+    ours = [row for row in layer_table.last() if row.on_tm]
+    assert {row.scheme for row in ours} == {method}
+    assert sum(row.count for row in ours) == 8
 
-    names = {"weight_packed": "qweight", "weight_scale": "scales", "weight_zero_point": "qzeros"}
     found = dict(model.named_parameters())
     compared = 0
     for name, param in want.named_parameters():
         base, _, leaf = name.rpartition(".")
-        if leaf in names:
-            assert torch.equal(param, found[f"{base}.{names[leaf]}"]), name
+        if leaf in NAMES:
+            assert torch.equal(param, found[f"{base}.{NAMES[leaf]}"]), name
             compared += 1
     assert compared == (16 if symmetric else 24)
+    assert check_same_products(want, model) == {f"vllm_plugin_tm.{op}.default"}
+
+
+def test_awq_without_zero_points(tmp_path):
+    """Such files have the middle code in their zero points, and are computed as symmetric weights
+    are, bit for bit; another zero point in the file is not ignored."""
+    state = tiny_llama.tensors()
+    tiny_llama.save(tmp_path / "ct", state)
+    other = packed_llama.converted(state, packed_llama.awq_tensors)
+    tiny_llama.save(tmp_path / "awq", other, quantization=packed_llama.awq(32, zero_point=False))
+    model = tiny_llama.load(tmp_path / "awq", dtype="bfloat16")
+    row = layer_table.last()[0]
+    assert (row.scheme, row.on_tm, row.count) == ("AutoAWQMarlinLinearMethod", True, 8)
+    check_same_products(tiny_llama.load(tmp_path / "ct"), model)
+
+    changed = "model.layers.0.mlp.down_proj"
+    other[f"{changed}.qzeros"] += 1
+    tiny_llama.save(tmp_path / "moved", other, quantization=packed_llama.awq(32, zero_point=False))
+    moved = products(tiny_llama.load(tmp_path / "moved", dtype="bfloat16"))
+    same = {name: torch.equal(y, moved[name][-1]) for name, (*_, y) in products(model).items()}
+    assert [name for name, equal in same.items() if not equal] == [changed]
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "schemes", "words"),
+    [
+        (8, 32, "w4a16", r"w8a16 is not among the schemes to take \('w4a16',\)"),
+        # What upstream refused before it had looked for a kernel stays refused.
+        (4, 16, "w8a16", r"self_attn.qkv_proj.*Marlin does not support group_size = 16"),
+    ],
+)
+def test_layers_that_are_not_ours_are_refused_by_upstream(
+    tmp_path, monkeypatch, bits, group, schemes, words
+):
+    monkeypatch.setenv("VLLM_PLUGIN_TM_SCHEMES", schemes)
+    other = packed_llama.converted(
+        tiny_llama.tensors(group, bits=bits), packed_llama.gptq_tensors, bits
+    )
+    tiny_llama.save(tmp_path, other, quantization=packed_llama.gptq(bits, group))
+    with pytest.raises(ValueError, match=words):
+        tiny_llama.load(tmp_path, dtype="bfloat16")

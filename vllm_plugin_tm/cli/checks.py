@@ -237,7 +237,7 @@ def _cell(row: support_matrix.Row, weight_type: str, act_dtype: str) -> tuple[St
         if verdict.ok
     )
     if groups:
-        return "ok", f"groups {groups}"
+        return "ok", f"groups {row.groups or groups}"
     reasons = dict.fromkeys(verdict.reason for verdict in verdicts.values() if verdict.reason)
     return "info", f"upstream's: {'; '.join(reasons)}"
 

@@ -177,6 +177,30 @@ PATCHES: tuple[Patch, ...] = (
         delete_when="kernels see a checkpoint's tensors before any other code",
     ),
     Patch(
+        name="linear_methods",
+        target=f"{_QUANTIZATION}.auto_gptq:AutoGPTQLinearMethod",
+        kind="subclass",
+        why=(
+            "upstream refuses, on CPUs too, what Marlin cannot run: GPTQ of 8 bits and groups of "
+            "other sizes than 32, 64 and 128; and it takes AWQ without zero points for codes that "
+            "count from 0"
+        ),
+        how=(
+            "subclasses of the live AutoGPTQLinearMethod and AutoAWQMarlinLinearMethod under the "
+            "same names in their modules"
+        ),
+        expects={
+            f"{_QUANTIZATION}.auto_gptq:AutoGPTQLinearMethod": "(quant_config)",
+            f"{_QUANTIZATION}.auto_gptq:AutoGPTQLinearMethod.create_weights": (
+                "(self, layer, input_size_per_partition, output_partition_sizes, input_size,"
+                " output_size, params_dtype, **extra_weight_attrs)"
+            ),
+            f"{_QUANTIZATION}.auto_awq:AutoAWQMarlinLinearMethod": "(quant_config)",
+        },
+        tested=COMPAT_VLLM,
+        delete_when="upstream asks the kernels of the platform, and for what the files hold",
+    ),
+    Patch(
         name="moe_methods",
         target=f"{_CT_MOE}_wna16:CompressedTensorsWNA16MoEMethod",
         kind="subclass",

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routed experts of AWQ checkpoints. Their linear layers come through the mixed-precision list."""
+"""AWQ checkpoints: routed experts, and linear layers, whose kernel comes from the mixed-precision
+list. Both subtract the zero points that the files carry, also where the configuration says
+`zero_point: false`: such files hold the middle code everywhere."""
 
+import copy
 from typing import Any
 
 import torch
@@ -30,6 +33,17 @@ def _columns(words: Tensor) -> Tensor:
     return values.view(rows, -1, len(_PLACES))[:, :, _PLACES].reshape(rows, n)
 
 
+class TMAWQLinear:
+    """Mixed in before AutoAWQMarlinLinearMethod. Without zero points upstream asks the kernels for
+    codes that count from 0, which are not what such files hold."""
+
+    def __init__(self, quant_config: Any) -> None:
+        if not quant_config.zero_point:
+            quant_config = copy.copy(quant_config)
+            quant_config.zero_point = True
+        super().__init__(quant_config)  # type: ignore[call-arg]
+
+
 class TMAWQExperts(TMExpertsMethod):
     """Mixed in before AutoAWQMoEMethod: codes packed along the output, zero points."""
 
@@ -39,13 +53,7 @@ class TMAWQExperts(TMExpertsMethod):
         def upstream() -> None:
             super(TMAWQExperts, self).__init__(quant_config, moe)  # type: ignore[call-arg]
 
-        wanted = moe_request(
-            moe,
-            "w4a16",
-            "uint4" if quant_config.zero_point else "uint4b8",
-            bool(quant_config.zero_point),
-            quant_config.group_size,
-        )
+        wanted = moe_request(moe, "w4a16", "uint4", True, quant_config.group_size)
         if self._begin(moe, wanted, upstream):
             self.quant_config = quant_config
             self.input_dtype = None

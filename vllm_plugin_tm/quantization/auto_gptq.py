@@ -1,10 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routed experts of GPTQ checkpoints. Their linear layers come through the mixed-precision list."""
+"""GPTQ checkpoints: routed experts, and linear layers, whose kernel comes from the mixed-precision
+list once upstream's constructor lets them through."""
 
 from typing import Any
 
+import torch
+
+from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_wNa16 import (
+    TMWNA16LinearKernel,
+)
 from vllm_plugin_tm.quantization.experts_kernel import Names
 from vllm_plugin_tm.quantization.experts_method import TMExpertsMethod, moe_request
+
+
+class TMGPTQLinear:
+    """Mixed in before AutoGPTQLinearMethod. Upstream asks on every platform whether Marlin, which
+    runs on GPUs, could run the layer: on a CPU no 8-bit layer and no group size but Marlin's would
+    come as far as the list of kernels."""
+
+    kernel: Any
+
+    def __init__(self, quant_config: Any) -> None:
+        self._refusal: ValueError | None = None
+        try:
+            super().__init__(quant_config)  # type: ignore[call-arg]
+        except ValueError as error:
+            self._refusal = error
+            self.quant_config = quant_config
+            self.quant_type = quant_config.quant_type
+            self.input_dtype = None
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Upstream's, which chooses the kernel. Raises ValueError with upstream's words where
+        upstream had refused and the kernel is not ours."""
+        super().create_weights(  # type: ignore[misc]
+            layer,
+            input_size_per_partition,
+            output_partition_sizes,
+            input_size,
+            output_size,
+            params_dtype,
+            **extra_weight_attrs,
+        )
+        if self._refusal is not None and not isinstance(self.kernel, TMWNA16LinearKernel):
+            raise self._refusal
 
 
 class TMGPTQExperts(TMExpertsMethod):

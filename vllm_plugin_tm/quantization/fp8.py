@@ -14,6 +14,7 @@ from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_w
 from vllm_plugin_tm.quantization.experts_kernel import Names
 from vllm_plugin_tm.quantization.experts_method import TMExpertsMethod, moe_request
 from vllm_plugin_tm.quantization.float_experts_kernel import FloatFormat
+from vllm_plugin_tm.quantization.linear_kernel import layer_name
 
 X_GROUP_SIZE = 128
 """The neighbours in activations that share a scale beside experts in blocks, whatever those are."""
@@ -49,6 +50,9 @@ class TMFp8Linear:
             # Upstream's word for weights that nobody may read but the kernel: what wants them as
             # numbers (multi-head latent attention) asks the layer.
             self.use_marlin = True
+            block = getattr(layer, "weight_block_size", None)
+            if block is not None:
+                _refuse_cut_blocks(layer, output_partition_sizes, output_size, block[0])
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Kernel layout, or upstream's."""
@@ -65,6 +69,22 @@ class TMFp8Linear:
         if isinstance(self.fp8_linear, TMFp8LinearKernel):
             return self.fp8_linear.apply_weights(layer, x, bias)
         return super().apply(layer, x, bias)  # type: ignore[misc]
+
+
+def _refuse_cut_blocks(
+    layer: torch.nn.Module, parts: list[int], output_size: int, rows: int
+) -> None:
+    """Raises ValueError for parts of a fused layer, and for shards, that end inside a block of
+    `rows` output rows. Upstream lets fused layers through, although one row of scales cannot be of
+    two blocks; the last part alone may end as it likes, where it is whole."""
+    split = output_size != sum(parts)
+    for part in parts if split else parts[:-1]:
+        if part % rows:
+            what = "of a shard" if split else "of a part of a fused layer"
+            raise ValueError(
+                f"{layer_name(layer)}: the output size {what} ({part}, of {parts}) must be a "
+                f"multiple of the {rows} output rows of a block of FP8 weights"
+            )
 
 
 class TMFp8Experts(TMExpertsMethod):

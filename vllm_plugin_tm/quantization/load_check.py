@@ -213,7 +213,8 @@ def _missing_sources(entry: Marked) -> list[str]:
     if same.dim() == _EXPERTS_DIM:
         return _missing_experts(same.transpose(1, 2) if entry.layer.rows_last else same, sources)
     output_dim: int = entry.param.output_dim  # type: ignore[attr-defined]
-    untouched = same.all(dim=1 - output_dim).tolist()
+    # Scales of channels may be a vector.
+    untouched = same.movedim(output_dim, 0).reshape(same.shape[output_dim], -1).all(1).tolist()
     total = sum(rows for _, rows in sources)
     missing = []
     start = 0

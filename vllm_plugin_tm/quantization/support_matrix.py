@@ -191,7 +191,7 @@ MATRIX: tuple[Row, ...] = (
         formats=(
             "compressed-tensors float-quantized",
             "FP8 as DeepSeek and Qwen have it (`weight_scale_inv`)",
-            "ModelOpt, FBGEMM and Quark per channel",
+            "ModelOpt per channel, and per tensor; FBGEMM and Quark per channel",
         ),
         weight_types=("float8_e4m3fn",),
         group_multiple=4,  # a word of the kernel layout holds 4 weights and lies in one group

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a compressed-tensors checkpoint holds: each module's scheme, shape, bytes and kernel, and
-how far its weights are from those of the checkpoint it was made of."""
+"""What a checkpoint holds: each module's scheme, shape, bytes and kernel, and, where it is of
+compressed-tensors, how far its weights are from those of the checkpoint it was made of."""
 
 import math
 import re
@@ -19,10 +19,14 @@ from vllm_plugin_tm.quantization.convert.checkpoint import (
     read_checkpoint,
 )
 from vllm_plugin_tm.quantization.convert.errors import ConvertError
-from vllm_plugin_tm.quantization.convert.options import INT_QUANTIZED, PACK_QUANTIZED
+from vllm_plugin_tm.quantization.convert.held import (
+    METHODS,
+    Held,
+    of_compressed_tensors,
+    of_method,
+)
 from vllm_plugin_tm.quantization.convert.safetensors_file import Reader, Stored
 from vllm_plugin_tm.quantization.support_matrix import (
-    CHANNEL,
     Machine,
     MoeRequest,
     Request,
@@ -34,7 +38,9 @@ if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-_PARTS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape")
+_CODES = ("weight_packed", "weight", "qweight")
+_SCALES = ("weight_scale", "weight_scale_inv", "scales")
+_MORE = ("weight_zero_point", "weight_global_scale", "weight_scale_2", "qzeros", "g_idx")
 
 
 @dataclass(frozen=True)
@@ -64,27 +70,40 @@ def inspect(folder: Path, machine: Machine, source: Path | None = None) -> Itera
     """Every module of a checkpoint that has a matrix, in the order of its files.
 
     Compared with `source`, the checkpoint it was made of, where that is given. Raises ConvertError
-    as opening a checkpoint does, for a quantization that is not compressed-tensors, and for a
-    module whose tensors and configuration disagree.
+    as opening a checkpoint does, for a quantization method that is not known, for a module whose
+    tensors and configuration disagree, and for `source` beside anything but compressed-tensors.
     """
     checkpoint = read_checkpoint(folder)
-    quantization = checkpoint.config.get("quantization_config")
-    schemes = _schemes(folder, quantization) if quantization else {}
+    quantization = checkpoint.config.get("quantization_config") or {}
+    method = quantization.get("quant_method")
+    if quantization and method not in METHODS:
+        raise ConvertError(f"{folder}: quant_method is {method!r}; read are {', '.join(METHODS)}")
+    if source is not None and method not in (None, METHODS[0]):
+        raise ConvertError(
+            f"{folder}: weights of quant_method {method!r} are not compared, those of "
+            f"{METHODS[0]} are"
+        )
+    schemes = _schemes(quantization) if method == METHODS[0] else {}
     originals = _originals(source)
     with Reader() as reader:
         reader.open(checkpoint.files)
         if originals is not None:
             reader.open(originals[0].files)
         for module, parts in _modules(checkpoint).items():
-            if "weight_scale" not in parts:
+            if not any(scale in parts for scale in _SCALES):
                 yield _plain(module, parts)
                 continue
-            scheme = _scheme(module, schemes)
-            found = _quantized(module, parts, scheme, machine)
-            if originals is not None:
-                error = _error(module, parts, scheme, reader, *originals)
-                found = Inspected(**{**vars(found), "error": error})
-            yield found
+            error = None
+            if method == METHODS[0]:
+                scheme = _scheme(module, schemes)
+                held = of_compressed_tensors(parts, scheme)
+                if originals is not None:
+                    error = _error(module, parts, scheme, reader, *originals)
+            else:
+                held = of_method(module, parts, quantization)
+            kernel, why = _kernel(module, held, machine)
+            nbytes = sum(stored.spec.nbytes for stored in parts.values())
+            yield Inspected(module, held.name, held.shape, nbytes, kernel, why, error)
 
 
 def _modules(checkpoint: Checkpoint) -> dict[str, dict[str, Stored]]:
@@ -92,22 +111,17 @@ def _modules(checkpoint: Checkpoint) -> dict[str, dict[str, Stored]]:
     modules: dict[str, dict[str, Stored]] = {}
     for name, stored in checkpoint.tensors.items():
         module, _, part = name.rpartition(".")
-        if part in _PARTS and (len(stored.spec.shape) == 2 or part == "weight_shape"):
+        # Norms and convolutions have weights, too.
+        matrix = part in _CODES and len(stored.spec.shape) == 2
+        if matrix or part in (*_SCALES, *_MORE, "weight_shape"):
             modules.setdefault(module, {})[part] = stored
-    return {
-        m: parts for m, parts in modules.items() if "weight" in parts or "weight_packed" in parts
-    }
+    return {m: parts for m, parts in modules.items() if any(code in parts for code in _CODES)}
 
 
-def _schemes(folder: Path, quantization: dict) -> dict[str, "QuantizationScheme"]:
+def _schemes(quantization: dict) -> dict[str, "QuantizationScheme"]:
     """Target -> scheme, as the configuration has them."""
     from compressed_tensors.quantization import QuantizationConfig
 
-    method = quantization.get("quant_method")
-    if method != "compressed-tensors":
-        raise ConvertError(
-            f"{folder}: quant_method is {method!r}; compressed-tensors checkpoints are read"
-        )
     config = QuantizationConfig.model_validate(quantization)
     schemes: dict[str, QuantizationScheme] = {}
     for scheme in config.config_groups.values():
@@ -134,59 +148,25 @@ def _plain(module: str, parts: dict[str, Stored]) -> Inspected:
     return Inspected(module, name, (spec.shape[0], spec.shape[1]), spec.nbytes, "upstream")
 
 
-def _quantized(
-    module: str, parts: dict[str, Stored], scheme: "QuantizationScheme", machine: Machine
-) -> Inspected:
-    weights = scheme.weights
-    codes = parts.get("weight_packed", parts.get("weight"))
-    assert codes is not None
-    assert weights is not None
-    n, k = codes.spec.shape
-    if "weight_packed" in parts:
-        per_word = 32 // weights.num_bits
-        groups = parts["weight_scale"].spec.shape[1]
-        k = groups * weights.group_size if (weights.group_size or 0) > 0 else k * per_word
-    kind = "fp" if str(getattr(weights.type, "value", weights.type)) == "float" else "int"
-    act = scheme.input_activations
-    name = f"{'fp8' if kind == 'fp' else f'w{weights.num_bits}'}"
-    name += "" if kind == "fp" and act else f"a{act.num_bits if act else 16}"
-    strategy = str(getattr(weights.strategy, "value", weights.strategy))
-    group = f"g{weights.group_size}" if strategy == "group" else strategy
-    name += f" {group}" + ("" if weights.symmetric else " asymmetric")
-    kernel, why = _kernel(module, n, k, scheme, kind, machine)
-    nbytes = sum(stored.spec.nbytes for stored in parts.values())
-    return Inspected(module, name, (n, k), nbytes, kernel, why)
-
-
-def _kernel(
-    module: str, n: int, k: int, scheme: "QuantizationScheme", kind: str, machine: Machine
-) -> tuple[str, str]:
+def _kernel(module: str, held: Held, machine: Machine) -> tuple[str, str]:
     """What would run an unsharded bfloat16 layer with these weights on this machine, and why.
     Experts are asked about one projection at a time, with the usual activation between them."""
     from vllm_plugin_tm import envs
 
-    weights = scheme.weights
-    assert weights is not None
-    bits = weights.num_bits
-    types = {
-        (PACK_QUANTIZED, True): f"uint{bits}b{1 << (bits - 1)}",
-        (PACK_QUANTIZED, False): f"uint{bits}",
-        (INT_QUANTIZED, True): f"int{bits}",
-    }
-    weight_type = types.get((str(scheme.format), bool(weights.symmetric)))
-    if kind == "fp" or weight_type is None:
-        return "upstream", f"{scheme.format} of {bits} bits has no TM kernel"
-    our = f"w{4 if bits <= 4 else 8}a{8 if scheme.input_activations else 16}"
-    group = weights.group_size if (weights.group_size or 0) > 0 else CHANNEL
-    common = (weight_type, not weights.symmetric, int(group or CHANNEL), "bfloat16")
-    if _EXPERT.search(module):
+    expert = _EXPERT.search(module) is not None
+    why = held.why or (held.expert_why if expert else "")
+    if held.ours is None or why:
+        return "upstream", why
+    n, k = held.shape
+    common = (held.weight_type, held.zero_points, held.group, "bfloat16")
+    if expert:
         down = module.endswith((".down_proj", ".w2"))
         hidden, inner = (n, k) if down else (k, n)
-        experts = MoeRequest(our, *common, hidden, inner, inner, activation="silu")
+        experts = MoeRequest(held.ours, *common, hidden, inner, inner, activation="silu")
         verdict = check_moe(experts, machine, envs.schemes())
     else:
-        verdict = check(Request(*common, k, n, full_k=k), machine, envs.schemes(), our)
-    return (f"TM {our}", "") if verdict.ok else ("upstream", verdict.reason or "")
+        verdict = check(Request(*common, k, n, full_k=k), machine, envs.schemes(), held.ours)
+    return (f"TM {held.ours}", "") if verdict.ok else ("upstream", verdict.reason or "")
 
 
 def _originals(source: Path | None) -> tuple[Checkpoint, dict[str, Matrix]] | None:
