@@ -4,6 +4,7 @@
 import pytest
 import tiny_llama
 import torch
+from awq_words import awq_words, words
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
 from vllm_plugin_tm.kernels import ops
@@ -17,8 +18,6 @@ from vllm_plugin_tm.patch import apply
 
 pytestmark = pytest.mark.slow
 
-# AWQ's order of columns within a 32-bit word.
-AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
 AWQ = {
     "quant_method": "awq",
@@ -45,17 +44,6 @@ def codes(packed, k, packed_dim=1):
     if packed_dim == 0:
         shape = torch.Size((k, packed.shape[1]))
     return unpack_from_int32(packed, 4, shape, packed_dim=packed_dim).int() + 8
-
-
-def words(values):
-    """Eight unsigned codes of the last dimension into one int32, the first in the lowest bits."""
-    shifts = torch.arange(0, 32, 4)
-    wide = (values.reshape(*values.shape[:-1], -1, 8).long() << shifts).sum(-1)
-    return wide.to(torch.int32)
-
-
-def awq_words(values):
-    return words(values.reshape(*values.shape[:-1], -1, 8)[..., AWQ_ORDER].flatten(-2))
 
 
 def converted(state, layer_tensors):
