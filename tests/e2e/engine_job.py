@@ -10,7 +10,9 @@ Usage: engine_job.py JOB.json RESULT.pt. JOB is a list of engines, one after the
            or {"session": lists of files}, with the prompts also before it is finished
   again    how often the last two of the reloads are repeated without prompts, for memory figures
   workers  true: what every worker says of its process, patches and layers
-  layers   true: x and y of every quantized linear layer for the first prompt (eager engines only)
+  modules  true: name -> (scheme, kernel) of every module with a method of quantization
+  layers   true: x and y of every quantized linear layer, and x, weights and numbers of the chosen
+           experts and y of quantized experts, for the first prompt (eager engines only)
   likelihood  token ids: the log-probability of each but the first, given those before it
 RESULT is a list of dicts, see _run. `tensors` are hashes of all parameters of the model.
 """
@@ -52,11 +54,22 @@ def _worker(_worker: Any) -> dict[str, Any]:
     }
 
 
-_seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+def _modules(model: torch.nn.Module) -> dict[str, tuple[str, str]]:
+    """The layer table, a row for each module."""
+    from vllm_plugin_tm import layer_table
+
+    leaves = {name: module for name, module in model.named_modules() if not list(module.children())}
+    rows = {name: layer_table.collect(module) for name, module in leaves.items()}
+    return {name: (row.scheme, row.kernel) for name, found in rows.items() for row in found}
+
+
+_seen: dict[str, tuple[torch.Tensor, ...]] = {}
 
 
 def _watch(model: torch.nn.Module) -> None:
-    """Keeps the first input and output of every layer that has a quantization scheme."""
+    """Keeps the first input and output of every layer that has a quantization scheme or a kernel of
+    ours. Experts are no module that is called: their method is."""
+    from vllm_plugin_tm import layer_table
 
     def hook(name: str) -> Any:
         def keep(_module: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -65,8 +78,20 @@ def _watch(model: torch.nn.Module) -> None:
 
         return keep
 
+    def keeping(name: str, forward: Any) -> Any:
+        def run(x: torch.Tensor, topk_weights: Any, topk_ids: Any, **more: Any) -> Any:
+            kept = [t.detach().clone() for t in (x, topk_weights, topk_ids)]
+            y = forward(x=x, topk_weights=topk_weights, topk_ids=topk_ids, **more)
+            _seen.setdefault(name, (*kept, y.detach().clone()))
+            return y
+
+        return run
+
     for name, module in model.named_modules():
-        if getattr(module, "scheme", None) is not None:
+        ours = layer_table.tm_kernel_of(module) is not None
+        if ours and hasattr(module, "forward_modular"):
+            module.forward_modular = keeping(name, module.forward_modular)
+        elif ours or getattr(module, "scheme", None) is not None:
             module.register_forward_hook(hook(name))
 
 
@@ -167,6 +192,8 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         result["resident"].append(_resident())
     if job.get("layers"):
         result["layers"] = dict(_seen)
+    if job.get("modules"):
+        (result["modules"],) = llm.apply_model(_modules)
     if job.get("likelihood"):
         result["likelihood"] = _likelihood(llm, job["likelihood"])
     if job.get("workers"):
