@@ -5,7 +5,7 @@ how far its weights are from those of the checkpoint it was made of."""
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,10 +19,16 @@ from vllm_plugin_tm.quantization.convert.checkpoint import (
     read_checkpoint,
 )
 from vllm_plugin_tm.quantization.convert.errors import ConvertError
-from vllm_plugin_tm.quantization.convert.options import INT_QUANTIZED, PACK_QUANTIZED
+from vllm_plugin_tm.quantization.convert.options import (
+    FLOAT_QUANTIZED,
+    INT_QUANTIZED,
+    PACK_QUANTIZED,
+)
 from vllm_plugin_tm.quantization.convert.safetensors_file import Reader, Stored
+from vllm_plugin_tm.quantization.small_floats import block_group
 from vllm_plugin_tm.quantization.support_matrix import (
     CHANNEL,
+    WEIGHT_TYPES,
     Machine,
     MoeRequest,
     Request,
@@ -34,7 +40,17 @@ if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-_PARTS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape")
+_MATRIX = ("weight_packed", "weight")
+_PARTS = (
+    *(*_MATRIX, "weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale"),
+    *("input_scale", "input_zero_point", "input_global_scale"),
+)
+# Floats by their formats; integers have a type for every width.
+_FLOATS = {
+    FLOAT_QUANTIZED: "float8_e4m3fn",
+    "mxfp4-pack-quantized": "mxfp4",
+    "nvfp4-pack-quantized": "nvfp4",
+}
 
 
 @dataclass(frozen=True)
@@ -92,10 +108,12 @@ def _modules(checkpoint: Checkpoint) -> dict[str, dict[str, Stored]]:
     modules: dict[str, dict[str, Stored]] = {}
     for name, stored in checkpoint.tensors.items():
         module, _, part = name.rpartition(".")
-        if part in _PARTS and (len(stored.spec.shape) == 2 or part == "weight_shape"):
+        if part in _PARTS:
             modules.setdefault(module, {})[part] = stored
     return {
-        m: parts for m, parts in modules.items() if "weight" in parts or "weight_packed" in parts
+        module: parts
+        for module, parts in modules.items()
+        if any(len(parts[name].spec.shape) == 2 for name in _MATRIX if name in parts)
     }
 
 
@@ -142,49 +160,79 @@ def _quantized(
     assert codes is not None
     assert weights is not None
     n, k = codes.spec.shape
+    grouped = (weights.group_size or 0) > 0
     if "weight_packed" in parts:
         per_word = 32 // weights.num_bits
-        groups = parts["weight_scale"].spec.shape[1]
-        k = groups * weights.group_size if (weights.group_size or 0) > 0 else k * per_word
-    kind = "fp" if str(getattr(weights.type, "value", weights.type)) == "float" else "int"
-    act = scheme.input_activations
-    name = f"{'fp8' if kind == 'fp' else f'w{weights.num_bits}'}"
-    name += "" if kind == "fp" and act else f"a{act.num_bits if act else 16}"
-    strategy = str(getattr(weights.strategy, "value", weights.strategy))
-    group = f"g{weights.group_size}" if strategy == "group" else strategy
-    name += f" {group}" + ("" if weights.symmetric else " asymmetric")
-    kernel, why = _kernel(module, n, k, scheme, kind, machine)
+        k = parts["weight_scale"].spec.shape[1] * weights.group_size if grouped else k * per_word
+    group = f"g{weights.group_size}" if grouped else _text(weights.strategy)
+    name = f"{_name(scheme)} {group}" + ("" if weights.symmetric else " asymmetric")
+    kernel, why = _kernel(module, n, k, scheme, machine)
     nbytes = sum(stored.spec.nbytes for stored in parts.values())
     return Inspected(module, name, (n, k), nbytes, kernel, why)
 
 
-def _kernel(
-    module: str, n: int, k: int, scheme: "QuantizationScheme", kind: str, machine: Machine
-) -> tuple[str, str]:
-    """What would run an unsharded bfloat16 layer with these weights on this machine, and why.
-    Experts are asked about one projection at a time, with the usual activation between them."""
-    from vllm_plugin_tm import envs
+def _name(scheme: "QuantizationScheme") -> str:
+    """As "w4a16", "fp8" (activations too), "fp8a16", "nvfp4"."""
+    weights, act = scheme.weights, scheme.input_activations
+    assert weights is not None
+    if _text(weights.type) != "float":
+        return f"w{weights.num_bits}a{act.num_bits if act else 16}"
+    floats = _FLOATS.get(str(scheme.format), "")
+    if floats.endswith("fp4"):
+        return floats
+    return f"fp{weights.num_bits}" + ("" if act else "a16")
 
+
+def _text(value: object) -> str:
+    """An enumeration's value, or the text it was given as."""
+    return str(getattr(value, "value", value))
+
+
+def _weight_type(scheme: "QuantizationScheme") -> str | None:
+    """The support matrix's name for the weights."""
     weights = scheme.weights
     assert weights is not None
-    bits = weights.num_bits
+    bits, kind = weights.num_bits, str(scheme.format)
+    if _text(weights.type) == "float":
+        return None if (kind == FLOAT_QUANTIZED and bits != 8) else _FLOATS.get(kind)
     types = {
         (PACK_QUANTIZED, True): f"uint{bits}b{1 << (bits - 1)}",
         (PACK_QUANTIZED, False): f"uint{bits}",
         (INT_QUANTIZED, True): f"int{bits}",
     }
-    weight_type = types.get((str(scheme.format), bool(weights.symmetric)))
-    if kind == "fp" or weight_type is None:
+    return types.get((kind, bool(weights.symmetric)))
+
+
+def _kernel(
+    module: str, n: int, k: int, scheme: "QuantizationScheme", machine: Machine
+) -> tuple[str, str]:
+    """What would run an unsharded bfloat16 layer with these weights on this machine, and why.
+    Experts are asked about one projection at a time, with the usual activation between them."""
+    from vllm_plugin_tm import envs
+
+    weights, act = scheme.weights, scheme.input_activations
+    assert weights is not None
+    bits = weights.num_bits
+    weight_type = _weight_type(scheme)
+    if weight_type is None:
         return "upstream", f"{scheme.format} of {bits} bits has no TM kernel"
-    our = f"w{4 if bits <= 4 else 8}a{8 if scheme.input_activations else 16}"
+    our = f"w{4 if bits <= 4 else 8}a{8 if act else 16}"
+    if WEIGHT_TYPES[weight_type].floats:
+        our = f"fp{bits}"
     group = weights.group_size if (weights.group_size or 0) > 0 else CHANNEL
+    if weights.block_structure:
+        group = block_group(k, int(weights.block_structure[1]))
     common = (weight_type, not weights.symmetric, int(group or CHANNEL), "bfloat16")
     if _EXPERT.search(module):
+        if our == "fp8" and not act:
+            return "upstream", "FP8 experts run with FP8 activations only"
         down = module.endswith((".down_proj", ".w2"))
         hidden, inner = (n, k) if down else (k, n)
         experts = MoeRequest(our, *common, hidden, inner, inner, activation="silu")
         verdict = check_moe(experts, machine, envs.schemes())
     else:
+        if our == "fp8" and not act:
+            machine = replace(machine, amx=False)  # upstream has no kernel of this kind
         verdict = check(Request(*common, k, n, full_k=k), machine, envs.schemes(), our)
     return (f"TM {our}", "") if verdict.ok else ("upstream", verdict.reason or "")
 
