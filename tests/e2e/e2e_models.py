@@ -235,7 +235,10 @@ def log_probabilities(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor
 
 
 def check_greedy(
-    references: tuple[torch.nn.Module, torch.nn.Module], given: list[int], ours: list[int]
+    references: tuple[torch.nn.Module, torch.nn.Module],
+    given: list[int],
+    ours: list[int],
+    disputed_share: float = 1 / 8,
 ) -> None:
     """Greedy tokens `ours` after the prompt `given` are those of the references (exact, in bf16),
     each checked with the tokens before it given (so one early tie hides nothing).
@@ -259,5 +262,6 @@ def check_greedy(
         noise = max(unit, float((rounded[place] - exact[place])[likely].abs().max()))
         gap = float(exact[place, best] - exact[place, token])
         assert gap <= 2 * noise, f"token {place}: {token}, not {best}; gap {gap}, noise {noise}"
-    # Text is mostly not on a knife's edge; a broken layer would put every other token there.
-    assert disputed <= len(ours) // 8
+    # Text is mostly not on a knife's edge; a broken layer would put every other token there. Models
+    # of random weights are closer to it.
+    assert disputed <= len(ours) * disputed_share, f"{disputed} of {len(ours)} tokens"

@@ -11,6 +11,7 @@ Usage: engine_job.py JOB.json RESULT.pt. JOB is a list of engines, one after the
   again    how often the last two of the reloads are repeated without prompts, for memory figures
   workers  true: what every worker says of its process, patches and layers
   modules  true: name -> (scheme, kernel) of every module with a method of quantization
+  fails    true: the engine is not to start; `refused` is all that comes back, what it said
   layers   true: x and y of every quantized linear layer, and x, weights and numbers of the chosen
            experts and y of quantized experts, for the first prompt (eager engines only)
   likelihood  token ids: the log-probability of each but the first, given those before it
@@ -58,9 +59,10 @@ def _modules(model: torch.nn.Module) -> dict[str, tuple[str, str]]:
     """The layer table, a row for each module."""
     from vllm_plugin_tm import layer_table
 
-    leaves = {name: module for name, module in model.named_modules() if not list(module.children())}
-    rows = {name: layer_table.collect(module) for name, module in leaves.items()}
-    return {name: (row.scheme, row.kernel) for name, found in rows.items() for row in found}
+    rows = {name: layer_table.collect(module) for name, module in model.named_modules()}
+    # A module's own row is that of the empty name, the others are its children's.
+    own = {name: row for name, found in rows.items() for row in found if not row.example}
+    return {name: (row.scheme, row.kernel) for name, row in own.items()}
 
 
 _seen: dict[str, tuple[torch.Tensor, ...]] = {}
@@ -160,10 +162,24 @@ def _update(llm: Any, how: dict[str, Any], prompts: list[list[int]], tokens: int
     return result
 
 
+def _refusal(job: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    try:
+        LLM(**job["engine"])
+    except Exception as error:
+        cleanup_dist_env_and_memory()
+        return {"refused": f"{type(error).__name__}: {error}"}
+    raise AssertionError(f"{job['engine']['model']} was not refused")
+
+
 def _run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    if job.get("fails"):
+        return _refusal(job)
     llm = LLM(**job["engine"])
     prompts, tokens = job["prompts"], job.get("tokens", 1)
     if job.get("layers"):

@@ -22,7 +22,9 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from mixed_models import FP8, W8A8, Awq, Kind, Mixture
 from qwen3_5_mixtures import AWQ, KEPT, ROUNDED
 
+from vllm_plugin_tm import machine
 from vllm_plugin_tm.kernels import reference_float
+from vllm_plugin_tm.quantization.convert.inspection import inspect
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
@@ -188,6 +190,91 @@ def _experts(
         inner = torch.nn.functional.silu(gate @ rows[token]) * (up @ rows[token])
         y[token] += shares[token, place] * (down @ _rounded(inner[None], kind)[0])
     return y
+
+
+GOLDEN = {
+    "0.linear_attn.in_proj_qkvz": None,
+    "0.linear_attn.out_proj": None,
+    "0.mlp.experts.routed_experts": None,
+    "0.mlp.shared_expert.gate_up_proj": None,
+    "0.mlp.shared_expert.down_proj": None,
+    "1.self_attn.qkv_proj": None,
+    "1.self_attn.o_proj": ("CompressedTensorsWNA16", "TMWNA16LinearKernel"),
+    "1.mlp.experts.routed_experts": ("CompressedTensorsWNA16MoEMethod", "TMExpertsKernel"),
+    "1.mlp.shared_expert.gate_up_proj": ("CompressedTensorsW8A8Int8", "TMInt8ScaledMMLinearKernel"),
+    "1.mlp.shared_expert.down_proj": ("CompressedTensorsW8A8Fp8", "TMFp8LinearKernel"),
+    "2.linear_attn.in_proj_qkvz": ("CompressedTensorsW8A8Int8", "TMInt8ScaledMMLinearKernel"),
+    "2.linear_attn.out_proj": ("CompressedTensorsW8A8Fp8", "TMFp8LinearKernel"),
+    "2.mlp.experts.routed_experts": ("CompressedTensorsW8A8Int8MoEMethod", "TMExpertsKernel"),
+    "2.mlp.shared_expert.gate_up_proj": ("CompressedTensorsW8A8Int8", "TMInt8ScaledMMLinearKernel"),
+    "2.mlp.shared_expert.down_proj": ("CompressedTensorsW8A8Fp8", "TMFp8LinearKernel"),
+    "3.self_attn.qkv_proj": None,
+    "3.self_attn.o_proj": ("CompressedTensorsWNA16", "TMWNA16LinearKernel"),
+    "3.mlp.experts.routed_experts": ("CompressedTensorsW8A8Fp8MoEMethod", "TMFloatExpertsKernel"),
+    "3.mlp.shared_expert.gate_up_proj": ("CompressedTensorsW8A8Int8", "TMInt8ScaledMMLinearKernel"),
+    "3.mlp.shared_expert.down_proj": ("CompressedTensorsW8A8Fp8", "TMFp8LinearKernel"),
+}
+"""Of the mixture with experts and 8-bit activations; None: 16 bits, as are those below."""
+PLAIN = ("conv1d", "in_proj_ba", "gate", "shared_expert_gate", "embed_tokens", "lm_head")
+AWQ_LINEAR = ("AutoAWQMarlinLinearMethod", "TMWNA16LinearKernel")
+AWQ_EXPERTS = ("AutoAWQMoEMethod", "TMExpertsKernel")
+
+
+def _map(result: dict[str, Any]) -> dict[str, tuple[str, str] | None]:
+    """Layer -> scheme and kernel, None for one in 16 bits; those of PLAIN are left out."""
+    found = {}
+    for name, (scheme, kernel) in result["modules"].items():
+        plain = scheme.startswith("Unquantized")
+        assert plain == (kernel == "-"), name
+        if name.rpartition(".")[2] in PLAIN:
+            assert plain, name
+        else:
+            found[name.removeprefix("model.layers.")] = None if plain else (scheme, kernel)
+    return found
+
+
+@pytest.mark.parametrize("mixture", [ROUNDED, AWQ], ids=lambda mixture: mixture.name)
+def test_a_golden_map_of_schemes(results: dict[str, Any], mixture: Mixture | Awq) -> None:
+    """Every layer runs as its own part of the configuration says; AWQ has one scheme for all that
+    its modules_to_not_convert does not keep."""
+    golden: dict[str, tuple[str, str] | None] = dict(GOLDEN)
+    if mixture is AWQ:
+        golden = {
+            name: how and (AWQ_EXPERTS if "routed" in name else AWQ_LINEAR)
+            for name, how in GOLDEN.items()
+        }
+    assert _map(results[str(Model(MOE, mixture))]) == golden
+
+
+@pytest.mark.parametrize("model", [m for m in HYBRID if m.mixture is not AWQ], ids=str)
+def test_inspect_tells_what_the_engine_runs(
+    results: dict[str, Any], models: Path, model: Model
+) -> None:
+    """Of every module of the checkpoint: a kernel of ours or not, and which arithmetic."""
+    engine = results[str(model)]["modules"]
+    kernels = {
+        "w4a16": ("TMWNA16LinearKernel", "TMExpertsKernel"),
+        "w8a16": ("TMWNA16LinearKernel", "TMExpertsKernel"),
+        "w8a8": ("TMInt8ScaledMMLinearKernel", "TMExpertsKernel"),
+        "fp8": ("TMFp8LinearKernel", "TMWFp8A16LinearKernel", "TMFloatExpertsKernel"),
+    }
+    fused = {part: whole for whole, parts in FUSED.items() for part in parts}
+    fused |= {"in_proj_a": "in_proj_ba", "in_proj_b": "in_proj_ba"}
+    seen = set()
+    for module in inspect(model.checkpoint(models), machine.detect()):
+        parent, _, leaf = module.module.rpartition(".")
+        name = f"{parent}.{fused.get(leaf, leaf)}".removeprefix(".")
+        if ".experts." in name:
+            name = f"{name.partition('.experts.')[0]}.experts.routed_experts"
+        seen.add(name)
+        kernel = engine[name][1]
+        if module.kernel == "upstream":
+            assert kernel == "-", module
+            assert module.scheme == "bfloat16"
+        else:
+            assert kernel in kernels[module.kernel.removeprefix("TM ")], module
+    # A convolution's weights are no matrix.
+    assert seen == {name for name in engine if not name.endswith("conv1d")}
 
 
 @cache
