@@ -55,26 +55,13 @@ def test_greedy_text_is_the_references(server: Server, checkpoint: Path) -> None
         e2e_models.transformers_model_of(checkpoint, weights),
         e2e_models.transformers_model_of(checkpoint, weights, torch.bfloat16),
     )
-    options = {"max_tokens": TOKENS, "ignore_eos": True, "return_token_ids": True, "logprobs": 0}
+    options = {"max_tokens": TOKENS, "ignore_eos": True, "return_token_ids": True}
     answer = server.complete(PROMPTS, **options)  # type: ignore[arg-type]
     choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-    differences: list[torch.Tensor] = []
     for prompt, choice in zip(PROMPTS, choices, strict=True):
         given, ours = choice["prompt_token_ids"], choice["token_ids"]
         assert (given, len(ours)) == (prompt, TOKENS)
         e2e_models.check_greedy(references, given, ours, disputed_share=1 / 3)
-        chosen = torch.tensor(ours)[:, None]
-        exact, rounded = (
-            e2e_models.log_probabilities(model, given + ours[:-1])[len(given) - 1 :]
-            .gather(1, chosen)
-            .flatten()
-            for model in references
-        )
-        served = torch.tensor(choice["logprobs"]["token_logprobs"])
-        differences += [torch.stack([served - exact, rounded - exact])]
-    # Of what was chosen, in norm: transformers' own bf16 is off by as much.
-    ours_off, theirs_off = torch.cat(differences, dim=1).norm(dim=1).tolist()
-    assert ours_off <= 1.5 * theirs_off
 
 
 def test_the_log_says_what_runs_where(server: Server) -> None:
