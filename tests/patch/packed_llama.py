@@ -2,10 +2,8 @@
 """The tiny Llama of tiny_llama as GPTQ and AWQ have it: the same integers in their order."""
 
 import torch
+from awq_words import awq_words
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
-# AWQ's order of columns within a 32-bit word.
-AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
 def gptq(bits, group):
@@ -43,10 +41,6 @@ def words(values, bits=4):
     shifts = torch.arange(0, 32, bits)
     wide = (values.reshape(*values.shape[:-1], -1, 32 // bits).long() << shifts).sum(-1)
     return wide.to(torch.int32)
-
-
-def awq_words(values):
-    return words(values.reshape(*values.shape[:-1], -1, 8)[..., AWQ_ORDER].flatten(-2))
 
 
 def converted(state, layer_tensors, bits=4):

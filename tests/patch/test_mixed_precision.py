@@ -2,6 +2,8 @@
 """Checkpoints whose layers are of different kinds: each layer runs as its own part of the
 configuration says, and what vLLM runs as one must be of one kind."""
 
+import json
+
 import float_llama
 import pytest
 import tiny_llama
@@ -16,10 +18,12 @@ if not ops.is_available():
 
 from vllm_plugin_tm import layer_table
 from vllm_plugin_tm.patch import apply
+from vllm_plugin_tm.quantization.load_check import CheckpointError
 
 pytestmark = pytest.mark.slow
 
 FP8 = Form("channel", "token", "CompressedTensorsW8A8Fp8", "TMFp8LinearKernel")
+FP8_KEPT = Form("channel", "none", "CompressedTensorsW8A16Fp8", "TMWFp8A16LinearKernel")
 NVFP4 = Form("nvfp4", "none", "CompressedTensorsW4A4Fp4", "TMNvFp4LinearKernel")
 LEAVES = ("weight_packed", "weight_scale", "weight_shape")
 
@@ -144,10 +148,46 @@ def test_a_golden_map_of_schemes(tmp_path):
 
 @pytest.mark.parametrize("part", ["self_attn.k_proj", "mlp.up_proj"])
 def test_parts_of_one_layer_that_disagree_are_refused_by_name(tmp_path, part):
-    """vLLM runs q, k and v, and gate and up, as one product."""
+    """vLLM runs q, k and v, and gate and up, as one product. In 16 bits beside int4."""
     odd = f"model.layers.1.{part}"
     write(tmp_path, {}, [group(["Linear"])], [odd])
-    fused = "qkv_proj" if "attn" in part else "gate_up_proj"
+    fused, other = ("qkv_proj", "q_proj") if "attn" in part else ("gate_up_proj", "gate_proj")
     with pytest.raises(ValueError, match=rf"model\.layers\.1\.\w+\.{fused}") as caught:
         tiny_llama.load(tmp_path)
-    assert "scheme" in str(caught.value)
+    beside = odd.rpartition(".")[0] + f".{other}"
+    assert f"{beside} is quantized and {odd} is not" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "held"), [("self_attn.v_proj", FP8), ("mlp.up_proj", FP8_KEPT), ("mlp.up_proj", NVFP4)]
+)
+def test_parts_of_different_kinds_are_refused_by_name(tmp_path, part, held):
+    """Of which upstream takes the first one's for all: FP8 whose activations are kept beside FP8
+    whose are not has the same tensors, and would be run as the latter."""
+    odd = f"model.layers.1.{part}"
+    floats = {odd: held, "_proj": FP8}
+    groups = [group([odd], held), group(["Linear"], FP8)]
+    if held is FP8:
+        floats, groups = {odd: FP8}, [group([odd], FP8), group(["Linear"])]
+    write(tmp_path, floats, groups, [])
+    with pytest.raises(
+        CheckpointError, match=r"vLLM runs them as one layer, model\.layers\.1"
+    ) as caught:
+        tiny_llama.load(tmp_path)
+    other = odd.replace("v_proj", "q_proj").replace("up_proj", "gate_proj")
+    first, _, rest = str(caught.value).partition(f", and {odd} as ")
+    assert first.startswith(f"{other} is held as weights ")
+    assert rest.startswith("weights float" if held is not NVFP4 else "weights float4")
+
+
+def test_a_part_that_the_checkpoint_holds_otherwise_is_refused_by_name(tmp_path):
+    """Than its configuration says: the tensors themselves are of two kinds."""
+    odd, other = (f"model.layers.0.self_attn.{part}_proj" for part in "vq")
+    write(tmp_path, {}, [group(["Linear"])], [odd])
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["ignore"] = ["lm_head"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as caught:
+        tiny_llama.load(tmp_path)
+    words = f"{other} is held as codes (weight_packed), and {odd} as plain weights, but"
+    assert words in str(caught.value)

@@ -56,6 +56,7 @@ def world(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
     monkeypatch.setattr(layout, "BUILD", tmp_path / "build")
     monkeypatch.setattr(layout, "LOGS", tmp_path / "build" / "logs")
+    monkeypatch.setattr(layout, "TORCHVISION_FOLDER", tmp_path / "build" / "torchvision")
     for function in (venv_state.load, venv_state.State.save, venv_state.runs):
         monkeypatch.setattr(function, "__defaults__", (tmp_path / ".venv",))
     paths = (venv_state.python_of, venv_state.site_packages)
@@ -198,6 +199,24 @@ def test_companions_for_another_torch_are_removed_from_our_environment_only(worl
     with pytest.raises(ToolError, match="pip uninstall torchvision, or install builds that match"):
         setup_env.ensure([])
     assert not world.did("pip uninstall")
+
+
+def test_the_tests_torchvision_lies_beside_the_environment(world):
+    """And is installed again where its folder was removed."""
+    folder = layout.TORCHVISION_FOLDER
+    for there, installs in ((False, 1), (True, 0), (False, 1)):
+        if there:
+            folder.mkdir(parents=True)
+        elif folder.exists():
+            folder.rmdir()
+        world.commands.clear()
+        setup_env.ensure(["test"])
+        lines = world.did(layout.TORCHVISION)
+        assert len(lines) == installs
+        assert all(f"--no-deps --target {folder} --upgrade" in line for line in lines)
+    world.commands.clear()
+    setup_env.ensure(["demo", "bench"])
+    assert not world.did(layout.TORCHVISION), "a user's set-up does without"
 
 
 def test_the_users_pip_configuration_comes_first(world, monkeypatch):

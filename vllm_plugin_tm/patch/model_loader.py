@@ -18,7 +18,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 )
 
 from vllm_plugin_tm import layer_table
-from vllm_plugin_tm.quantization import load_check
+from vllm_plugin_tm.quantization import fused_parts, load_check
 from vllm_plugin_tm.quantization.online.config import TMOnlineConfig
 from vllm_plugin_tm.quantization.online.options import refuse_without_method
 from vllm_plugin_tm.updates import update as updates
@@ -39,9 +39,13 @@ class _LayerTable(BaseModelLoader):
             raise  # names everything already
         except ValueError as error:
             layer = _layer_in(error.__traceback__)
-            if layer is None or layer in str(error):
+            if layer is None:
                 raise
-            raise ValueError(f"layer {layer}: {error}") from error
+            which = "" if layer.prefix in str(error) else f"layer {layer.prefix}: "
+            why = fused_parts.disagreement(vllm_config.quant_config, layer)
+            if not which and not why:
+                raise
+            raise ValueError(f"{which}{error} {why}".rstrip()) from error
         rows = layer_table.collect(model)
         layer_table.remember(rows)
         logger.info("%s", layer_table.render(rows))
@@ -51,6 +55,7 @@ class _LayerTable(BaseModelLoader):
         model = super().create_model(vllm_config, *args, **kwargs)
         if isinstance(vllm_config.quant_config, TMOnlineConfig):
             vllm_config.quant_config.refuse_unmatched()
+        fused_parts.refuse_schemes(model, vllm_config.quant_config)
         for module in model.modules():
             if layer_table.is_online(module):
                 # Again: a bias is registered after the weight, and one that is loaded first would
@@ -64,6 +69,7 @@ class _LayerTable(BaseModelLoader):
 class _Checked(DefaultModelLoader):
     """Refuses damaged files before, misfits while, and missing tensors after reading weights."""
 
+    _model: torch.nn.Module | None = None
     _reading = ""
     _sources: Mapping[str, load_check.Layer] = {}
     _found: dict[str, updates.Found]
@@ -72,7 +78,9 @@ class _Checked(DefaultModelLoader):
         found = super()._prepare_weights(*args, **kwargs)
         _folder, files, use_safetensors, *_rest = found
         if use_safetensors:
-            load_check.refuse_damaged(files)
+            dtypes = load_check.refuse_damaged(files)
+            if self._model is not None:
+                fused_parts.refuse_tensors(self._model, dtypes)
         return found
 
     def get_all_weights(
@@ -96,6 +104,7 @@ class _Checked(DefaultModelLoader):
         marked = load_check.mark(layers)
         self._sources = {source: layer for layer in layers for source, _ in layer.sources}
         self._reading = ""
+        self._model = model
         try:
             super().load_weights(model, *args, **kwargs)
         except load_check.CheckpointError:
@@ -110,6 +119,7 @@ class _Checked(DefaultModelLoader):
             ) from error
         finally:
             self._sources = {}
+            self._model = None
         load_check.refuse_missing(marked)
         _refuse_half_loaded(model)
         updates.expect(model, self._found)
@@ -139,14 +149,14 @@ def _refuse_half_loaded(model: torch.nn.Module) -> None:
             )
 
 
-def _layer_in(traceback: TracebackType | None) -> str | None:
-    """Name of the linear layer in whose construction an error arose. Upstream's "failed to find a
+def _layer_in(traceback: TracebackType | None) -> LinearBase | None:
+    """The linear layer in whose construction an error arose. Upstream's "failed to find a
     kernel" does not name it, and at that time no model that could be asked exists."""
     layer = None
     while traceback is not None:
         owner = traceback.tb_frame.f_locals.get("self")
-        if isinstance(owner, LinearBase):
-            layer = getattr(owner, "prefix", None) or layer
+        if isinstance(owner, LinearBase) and getattr(owner, "prefix", None):
+            layer = owner
         traceback = traceback.tb_next
     return layer
 

@@ -139,9 +139,13 @@ def refuse_unfit(name: str, tensor: torch.Tensor, layers: Mapping[str, Layer]) -
         )
 
 
-def refuse_damaged(files: Iterable[str]) -> None:
-    """Raises CheckpointError naming the first safetensors file that is shorter or longer than its
-    header says, or whose header cannot be read. Reads headers only."""
+def refuse_damaged(files: Iterable[str]) -> dict[str, str]:
+    """Name -> dtype, as safetensors calls it, of the files' tensors.
+
+    Raises CheckpointError naming the first safetensors file that is shorter or longer than its
+    header says, or whose header cannot be read. Reads headers only.
+    """
+    dtypes: dict[str, str] = {}
     for file in files:
         path = Path(file)
         size = path.stat().st_size
@@ -154,11 +158,8 @@ def refuse_damaged(files: Iterable[str]) -> None:
                 )
             try:
                 header = json.loads(stream.read(length))
-                ends = [
-                    entry["data_offsets"][1]
-                    for key, entry in header.items()
-                    if key != "__metadata__"
-                ]
+                header.pop("__metadata__", None)
+                ends = [entry["data_offsets"][1] for entry in header.values()]
             except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
                 raise CheckpointError(f"{file}: damaged safetensors header: {error!r}") from error
         expected = 8 + length + max(ends, default=0)
@@ -167,6 +168,8 @@ def refuse_damaged(files: Iterable[str]) -> None:
             raise CheckpointError(
                 f"{file}: {kind}, its header describes {expected} bytes, the file has {size}"
             )
+        dtypes |= {name: str(entry.get("dtype")) for name, entry in header.items()}
+    return dtypes
 
 
 def _has_rows(param: torch.Tensor) -> bool:

@@ -3,7 +3,7 @@
 and the checkpoint's quantization method. Reads no weights."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +29,7 @@ _MODELOPT_EXPERTS = "ModelOpt's experts have no TM kernel"
 class Held:
     """`name` is what is shown, `shape` [N, K]; `ours` the scheme of the support matrix that would
     run it, None where there is none, for the reason `why`; `expert_why` is a reason that holds for
-    routed experts only."""
+    routed experts only; `only_ours`: upstream has no kernel of this kind, on no processor."""
 
     name: str
     shape: tuple[int, int]
@@ -39,6 +39,7 @@ class Held:
     group: int = CHANNEL
     why: str = ""
     expert_why: str = ""
+    only_ours: bool = False
 
 
 def of_compressed_tensors(parts: Mapping[str, Stored], scheme: "QuantizationScheme") -> Held:
@@ -60,7 +61,7 @@ def of_compressed_tensors(parts: Mapping[str, Stored], scheme: "QuantizationSche
             return Held(name, (n, k), why=f"{form} of {weights.num_bits} bits has no TM kernel")
         block = weights.block_structure if strategy == "block" else None
         why = "" if rounds else "FP8 experts under kept activations have no TM kernel"
-        return _fp8(name, (n, k), block, why)
+        return replace(_fp8(name, (n, k), block, why), only_ours=not rounds)
 
     bits = weights.num_bits
     if "weight_packed" in parts:

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from awq_words import awq_words
 
 from vllm_plugin_tm.kernels import ops
 
@@ -16,8 +17,6 @@ from vllm.model_executor.layers.quantization import auto_awq, auto_gptq
 
 pytestmark = pytest.mark.usefixtures("patched")
 
-# AWQ's order of columns within a 32-bit word.
-AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 NAMES = {"qweight": "weight_packed", "scales": "weight_scale", "qzeros": "weight_zero_point"}
 
 
@@ -35,13 +34,6 @@ def _unpacked(words, k):
     rows = words.reshape(-1, words.shape[-1]).contiguous()
     codes = unpack_from_int32(rows, 4, torch.Size((rows.shape[0], k))).int() + 8
     return codes.view(*words.shape[:-1], k)
-
-
-def _awq_words(codes):
-    """Along the last dimension, in AWQ's order."""
-    shifts = torch.arange(0, 32, 4)
-    ordered = codes.reshape(*codes.shape[:-1], -1, 8)[..., AWQ_ORDER].long()
-    return (ordered << shifts).sum(-1).to(torch.int32)
 
 
 def _twin(kind, form, case):
@@ -63,10 +55,10 @@ def _twin(kind, form, case):
         if kind == "gptq":
             qweight.data.copy_(source.transpose(1, 2))
             continue
-        qweight.data.copy_(_awq_words(_unpacked(source, source.shape[2] * 8).transpose(1, 2)))
+        qweight.data.copy_(awq_words(_unpacked(source, source.shape[2] * 8).transpose(1, 2)))
         if zeros is not None:
             codes = _unpacked(zeros.data.transpose(1, 2), zeros.shape[1] * 8)
-            getattr(layer, f"{product}_qzeros").data.copy_(_awq_words(codes))
+            getattr(layer, f"{product}_qzeros").data.copy_(awq_words(codes))
     return method, layer
 
 

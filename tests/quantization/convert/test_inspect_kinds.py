@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-tm inspect` on what the converter does not write: FP4, FP8 of tensors and under kept
+activations, AWQ, and modules of different kinds beside each other."""
+
+import json
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationScheme
+from safetensors.torch import save_file
+
+from vllm_plugin_tm import machine
+from vllm_plugin_tm.cli import main
+from vllm_plugin_tm.kernels import reference_float
+from vllm_plugin_tm.quantization.support_matrix import Machine
+
+N, K = 128, 256
+PER_TOKEN = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
+FP4 = {"num_bits": 4, "type": "float", "symmetric": True}
+# Weights' arguments, format, whether activations are rounded; what is shown, and where it runs:
+# as a linear layer, as an expert.
+KINDS = {
+    "nvfp4": (
+        FP4 | {"strategy": "tensor_group", "group_size": 16},
+        ("nvfp4-pack-quantized", False, "nvfp4 g16", "TM fp4", "TM fp4"),
+    ),
+    "mxfp4": (
+        FP4 | {"strategy": "group", "group_size": 32},
+        ("mxfp4-pack-quantized", False, "mxfp4 g32", "TM fp4", "TM fp4"),
+    ),
+    "fp8-tensor": (
+        FP8 | {"strategy": "tensor"},
+        ("float-quantized", True, "fp8 tensor", "TM fp8", "TM fp8"),
+    ),
+    "fp8-kept": (
+        FP8 | {"strategy": "channel"},
+        ("float-quantized", False, "fp8a16 channel", "TM fp8", "upstream"),
+    ),
+    "int8-tensor": (
+        {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor"},
+        ("int-quantized", True, "w8a8 tensor", "TM w8a8", "TM w8a8"),
+    ),
+}
+LINEAR, EXPERT = "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.experts.0.up_proj"
+PLAIN = "model.layers.0.self_attn.o_proj"
+
+
+def tensors(kind, weight):
+    """One matrix as the library holds it; scales of the format's own dtypes."""
+    weights, (form, *_) = KINDS[kind]
+    largest = weight.abs().amax()
+    given = {"weight": weight}
+    if kind == "nvfp4":
+        divisor = (reference_float.E4M3_MOST * 6 / largest).reshape(1)
+        ranges = weight.view(N, -1, 16).abs().amax(-1) / 6
+        scale = (ranges * divisor).to(torch.float8_e4m3fn).float()
+        given |= {"weight_scale": scale, "weight_global_scale": divisor}
+    elif kind == "mxfp4":
+        ranges = weight.view(N, -1, 32).abs().amax(-1) / 6
+        given["weight_scale"] = torch.exp2(ranges.log2().ceil())
+    elif kind == "fp8-kept":
+        given["weight_scale"] = weight.abs().amax(-1, keepdim=True) / reference_float.E4M3_MOST
+    else:
+        most = reference_float.E4M3_MOST if kind == "fp8-tensor" else 127
+        given["weight_scale"] = (largest / most).reshape(1)
+    scheme = QuantizationScheme(targets=["Linear"], weights=scheme_weights(weights, kind))
+    return BaseCompressor.get_value_from_registry(form).compress(given, scheme)
+
+
+def scheme_weights(weights, kind):
+    return weights | ({"scale_dtype": torch.uint8} if kind == "mxfp4" else {})
+
+
+def write(folder, kind):
+    """A checkpoint of three matrices, the first in 16 bits, and what it was made of."""
+    weights, (form, rounded, *_) = KINDS[kind]
+    generator = torch.Generator().manual_seed(0)
+    plain = {
+        f"{name}.weight": torch.randn(N, K, generator=generator).bfloat16()
+        for name in (PLAIN, LINEAR, EXPERT)
+    }
+    state = {f"{PLAIN}.weight": plain[f"{PLAIN}.weight"]}
+    for name in (LINEAR, EXPERT):
+        made = tensors(kind, plain[f"{name}.weight"].float())
+        state |= {f"{name}.{leaf}": tensor.contiguous() for leaf, tensor in made.items()}
+    activations = None
+    if rounded:
+        activations = PER_TOKEN | {"type": weights["type"]}
+    group = {"targets": ["re:.*layers.1.*"], "weights": weights, "input_activations": activations}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "mixed-precision",
+        "quantization_status": "compressed",
+        "ignore": [PLAIN],
+        "config_groups": {"group_0": group | {"format": form}},
+    }
+    for path, held, config in (
+        (folder / "src", plain, {}),
+        (folder / "dst", state, {"quantization_config": quantization}),
+    ):
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
+        save_file(held, path / "model.safetensors", metadata={"format": "pt"})
+    return folder / "dst"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_told_by_its_name_and_kernel(tmp_path, capsys, monkeypatch, kind):
+    target = write(tmp_path, kind)
+    monkeypatch.setattr(machine, "detect", lambda: Machine("cpu", "avx2"))
+    assert main(["inspect", str(target), "--source", str(tmp_path / "src"), "--json"]) == 0
+    found = {module["module"]: module for module in json.loads(capsys.readouterr().out)}
+    assert set(found) == {PLAIN, LINEAR, EXPERT}
+    _, (_, _, name, linear, expert) = KINDS[kind]
+    for module, kernel in ((LINEAR, linear), (EXPERT, expert)):
+        assert found[module]["scheme"] == name
+        assert found[module]["kernel"] == kernel
+        assert bool(found[module]["why"]) == (kernel == "upstream")
+        assert found[module]["shape"] == [N, K]
+        # Codes of 4 bits are off by an eighth at most, and a tenth in norm.
+        assert 1e-3 < found[module]["error"]["relative"] < 0.15
+    assert (found[PLAIN]["scheme"], found[PLAIN]["kernel"]) == ("bfloat16", "upstream")
+
+
+def test_amx_takes_what_upstream_has_a_kernel_for(tmp_path, capsys, monkeypatch):
+    """FP8 under rounded activations, not under kept ones."""
+    monkeypatch.setattr(machine, "detect", lambda: Machine("cpu", "avx512bf16", amx=True))
+    for kind, kernel in (("fp8-tensor", "upstream"), ("fp8-kept", "TM fp8")):
+        (tmp_path / kind).mkdir()
+        assert main(["inspect", str(write(tmp_path / kind, kind)), "--json"]) == 0
+        found = {module["module"]: module for module in json.loads(capsys.readouterr().out)}
+        assert found[LINEAR]["kernel"] == kernel
