@@ -74,7 +74,8 @@ class HeadMethod(CompressedTensorsLinearMethod):
 
     def loaded(self, name: str, module: torch.nn.Module) -> Layer:
         """What a checkpoint must fill."""
-        return Layer(name, module, ("weight",), ((name, self._arguments[1][0]),))
+        sources = ((name, self._arguments[1][0]),)
+        return Layer(name, module, ("weight",), sources, late_bias=True)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Quantizes `weight` and has the scheme process what comes of it.

@@ -90,8 +90,10 @@ def head_scheme(additional: object) -> str | None:
 
 
 def refuse_without_method(additional: object, quantization: str | None) -> None:
-    """Raises OnlineError where options are given that nothing would act on."""
+    """Raises OnlineError where options are given that nothing would act on, and for a wrong
+    LM_HEAD, whatever it goes with."""
     given = options_in(additional)
+    head_scheme(additional)
     if quantization in METHODS or set(given) == {LM_HEAD}:
         return
     if isinstance(additional, Mapping) and KEY in additional:
