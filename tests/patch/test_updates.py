@@ -483,9 +483,19 @@ def test_a_model_that_began_with_dummy_weights(tmp_path):
     served.assert_loaded_from(tmp_path / "1")
 
 
-def test_tied_weights_need_not_come_twice(tmp_path):
+@pytest.mark.parametrize("name", ["head", "head tied"])
+def test_a_head_that_began_with_dummy_weights(tmp_path, name):
+    """Rows that pad the vocabulary never come, and are not waited for."""
+    served = Served(name, tmp_path, load_format="dummy")
+    served.update("session", served.checkpoint(1))
+    served.options["load_format"] = "auto"
+    served.assert_loaded_from(tmp_path / "1")
+
+
+@pytest.mark.parametrize("name", ["tm_w4a16 biases", "head tied"])
+def test_tied_weights_need_not_come_twice(tmp_path, name):
     """A checkpoint may have a tied head, a trainer does not."""
-    served = Served("tm_w4a16 biases", tmp_path)
+    served = Served(name, tmp_path)
     path = served.checkpoint(1)
     file = path / "model.safetensors"
     tensors = load_file(file)
