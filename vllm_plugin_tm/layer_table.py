@@ -162,7 +162,14 @@ def _describe(
 ) -> tuple[str, str, bool, str, int | None, str]:
     """(scheme, kernel, on_tm, isa, group_size, note) of one layer."""
     if isinstance(method, TableMethod) and method.borrowed:
-        return "UnquantizedEmbeddingMethod", "-", False, "", None, "not quantized, the head's copy is"
+        return (
+            "UnquantizedEmbeddingMethod",
+            "-",
+            False,
+            "",
+            None,
+            "not quantized, the head's copy is",
+        )
     if isinstance(method, TiedHeadMethod):
         module, method = method.table, method.table.quant_method
     scheme = type(getattr(module, "scheme", None) or method).__name__

@@ -324,7 +324,10 @@ def test_dummy_weights_load_too(tmp_path, tied):
     ("options", "words"),
     [
         *(
-            ({"lm_head": value}, rf"^--additional-config tm_online.lm_head is {value!r}; allowed is w8a16$")
+            (
+                {"lm_head": value},
+                rf"^--additional-config tm_online.lm_head is {value!r}; allowed is w8a16$",
+            )
             for value in ("w4a16", "W8A16", "", True, None, 8)
         ),
         ({"lm-head": "w8a16"}, r"'lm-head' \('w8a16'\), which is not known; .* lm_head"),
@@ -384,6 +387,26 @@ def test_a_scheme_that_is_left_out_is_refused(tmp_path, monkeypatch):
     path = make(tmp_path / "model")
     with pytest.raises(OnlineError, match=r"(?s)lm_head is 'w8a16'.*not among the schemes to take"):
         load(path)
+
+
+def test_a_loader_that_is_not_ours_is_refused(tmp_path, monkeypatch):
+    """The worker asks once the model is there."""
+    from vllm.v1.worker import cpu_worker
+    from vllm.v1.worker.gpu_worker import Worker
+
+    path = make(tmp_path / "model")
+    config = tiny_llama.engine_config(path, additional_config=HEAD)
+    one = object.__new__(cpu_worker.CPUWorker)
+    monkeypatch.setattr(Worker, "load_model", lambda *_args, **_options: None)
+    for options, refused in (({}, True), ({"additional_config": HEAD}, False)):
+        model = tiny_llama.load(path, **options)
+        runner = SimpleNamespace(get_model=lambda model=model: model)
+        one.__dict__.update(vllm_config=config, model_runner=runner)
+        if refused:
+            with pytest.raises(OnlineError, match="--load-format auto left the head as it was"):
+                one.load_model()
+        else:
+            one.load_model()
 
 
 def test_a_draft_models_head_is_left(tmp_path):

@@ -166,6 +166,20 @@ def quantize_head(model: torch.nn.Module, additional: object, model_config: Any)
             head.quant_method = TiedHeadMethod(owner)
 
 
+def refuse_left(model: torch.nn.Module, vllm_config: Any) -> None:
+    """Raises OnlineError where a loaded model's head was to be quantized and is not: some of vLLM's
+    loaders are not this package's."""
+    scheme = head_scheme(vllm_config.additional_config)
+    if scheme is None or not get_pp_group().is_last_rank:
+        return
+    if not any(isinstance(getattr(m, "quant_method", None), HeadMethod) for m in model.modules()):
+        raise OnlineError(
+            f"{KEY}.{LM_HEAD} is {scheme!r}, but vLLM's loader of --load-format "
+            f"{vllm_config.load_config.load_format} left the head as it was; allowed are auto, "
+            "safetensors, dummy and what else reads a checkpoint's files. Leave the option out"
+        )
+
+
 def _heads(model: torch.nn.Module, model_config: Any) -> list[tuple[str, Any]]:
     """The layers that logits are made with, each with its name."""
     modules = dict(model.named_modules())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint with the weights that are made while loading would have said of them: upstream's
+"""What a checkpoint of the weights that are made while loading would have said of them: upstream's
 configuration, and the type of their scales."""
 
 from typing import Any
@@ -13,7 +13,9 @@ from vllm_plugin_tm.quantization.convert.config import scheme_of
 from vllm_plugin_tm.quantization.convert.options import Options
 
 
-def compressed(options: Options, group_size: int, target: str = "Linear") -> CompressedTensorsConfig:
+def compressed(
+    options: Options, group_size: int, target: str = "Linear"
+) -> CompressedTensorsConfig:
     """Upstream's config of a checkpoint with such weights in modules of that class or name."""
     scheme = scheme_of(options, group_size, [target])
     return CompressedTensorsConfig.from_config(
