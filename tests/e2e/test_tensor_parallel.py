@@ -209,7 +209,7 @@ def head_results(
         {
             "engine": {**engine, **ENGINE, "tensor_parallel_size": 2},
             "prompts": PROMPTS,
-            "tokens": 16,
+            "tokens": 4,
             "workers": True,
         }
         for engine in engines.values()

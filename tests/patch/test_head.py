@@ -381,6 +381,16 @@ def test_another_type_of_logits_is_refused(tmp_path, monkeypatch):
         load(path, hf_overrides={"head_dtype": "float32"})
 
 
+def test_adapters_want_a_head_of_16_bits(tmp_path, monkeypatch):
+    """vLLM's code for them reads the head's `weight`; that of a tied head is the table."""
+    words = "--enable-lora asks lm_head for weights of 16 bits"
+    tied = load(make(tmp_path / "tied", tied=True), enable_lora=True)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    refuse_to_read(monkeypatch)
+    with pytest.raises(OnlineError, match=words):
+        load(make(tmp_path / "model"), enable_lora=True)
+
+
 def test_a_scheme_that_is_left_out_is_refused(tmp_path, monkeypatch):
     refuse_to_read(monkeypatch)
     monkeypatch.setenv("VLLM_PLUGIN_TM_SCHEMES", "w4a16")
@@ -413,7 +423,8 @@ def test_a_draft_models_head_is_left(tmp_path):
     """Its head may be taken from the model that it drafts for, by comparing their weights."""
     model = tiny_llama.load(make(tmp_path / "model"))
     method = model.lm_head.quant_method
-    quantize_head(model, HEAD, SimpleNamespace(runner_type="draft"))
+    config = SimpleNamespace(additional_config=HEAD)
+    quantize_head(model, config, SimpleNamespace(runner_type="draft"))
     assert model.lm_head.quant_method is method
 
 

@@ -52,7 +52,7 @@ class _LayerTable(BaseModelLoader):
         self, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any
     ) -> torch.nn.Module:
         model = super().create_model(vllm_config, model_config, *args, **kwargs)
-        quantize_head(model, vllm_config.additional_config, model_config)
+        quantize_head(model, vllm_config, model_config)
         if isinstance(vllm_config.quant_config, TMOnlineConfig):
             vllm_config.quant_config.refuse_unmatched()
         for module in model.modules():

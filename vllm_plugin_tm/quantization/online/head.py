@@ -129,14 +129,15 @@ class TiedHeadMethod(QuantizeMethodBase):
         return logits
 
 
-def quantize_head(model: torch.nn.Module, additional: object, model_config: Any) -> None:
+def quantize_head(model: torch.nn.Module, vllm_config: Any, model_config: Any) -> None:
     """Has the head of a model that was just created quantized when it is loaded, if the options in
-    a VllmConfig's additional_config say so.
+    the VllmConfig's additional_config say so.
 
     Raises OnlineError, before a weight is read, for wrong options, for models without a head, and
-    for heads that are quantized already or that no kernel of ours takes.
+    for heads that are quantized already, that vLLM wants as they are, or that no kernel of ours
+    takes.
     """
-    scheme = head_scheme(additional)
+    scheme = head_scheme(vllm_config.additional_config)
     if scheme is None or not get_pp_group().is_last_rank:
         return
     option = f"{KEY}.{LM_HEAD} is {scheme!r}"
@@ -157,6 +158,11 @@ def quantize_head(model: torch.nn.Module, additional: object, model_config: Any)
     for name, head in heads:
         _refuse_quantized(option, name, head)
         owner_name, owner = _owner(model, name, head)
+        if isinstance(owner, ParallelLMHead) and vllm_config.lora_config is not None:
+            raise OnlineError(
+                f"{option}, but vLLM's --enable-lora asks {name} for weights of 16 bits, which "
+                "only a head that is tied to the embedding keeps. Drop one"
+            )
         if not isinstance(owner.quant_method, TableMethod):
             _refuse_quantized(option, owner_name, owner)
             kind = HeadMethod if isinstance(owner, ParallelLMHead) else TableMethod
