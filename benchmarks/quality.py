@@ -64,6 +64,22 @@ def variants(calibration: str | None, python: str | None) -> Iterator[Options]:
     yield Options("fp8-block", on_indivisible="channel")
 
 
+def heads() -> list[Options]:
+    """What is compared of output heads: they alone are quantized."""
+    return [Options("w8a16", group, targets=("lm_head",)) for group in (32, 64, -1)]
+
+
+def untied(plain: Path, target: Path) -> Path:
+    """The same model in `target`, with a head that has weights of its own."""
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16)
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    model.config.get_text_config().tie_word_embeddings = False
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(plain).save_pretrained(target)
+    return target
+
+
 @torch.no_grad()
 def log_probabilities(folder: Path, tokens: Tensor) -> Iterator[Tensor]:
     """Of the whole vocabulary after every token of each window, float32 [window, vocabulary]."""
@@ -119,21 +135,31 @@ def main() -> None:
     parser.add_argument("--models", default="scratch,smollm2,gemma3", help="of these")
     parser.add_argument("--windows", type=int, default=6, help=f"of {WINDOW} tokens")
     parser.add_argument("--gptq-python", help="an interpreter with llm-compressor: GPTQ too")
+    parser.add_argument(
+        "--lm-head", action="store_true", help="output heads alone, asked from the text's beginning"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.lm_head and "scratch" in args.models.split(","):
+        parser.error("--lm-head leaves no text to train the model scratch on; give other --models")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     text = args.text.read_text(encoding="utf-8", errors="replace")
-    cut = len(text) * 9 // 10
+    cut = 0 if args.lm_head else len(text) * 9 // 10
     figures = []
     print("| model | scheme | group | method | perplexity | KL, nats | same first choice | MB |")
     print("|---|---|---|---|---|---|---|---|")
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as calibration:
+    with (
+        tempfile.NamedTemporaryFile("w", suffix=".txt") as calibration,
+        tempfile.TemporaryDirectory(dir=layout.BUILD) as folder,
+    ):
         calibration.write(text[:cut])
         calibration.flush()
-        more = list(variants(calibration.name, args.gptq_python))
+        more = heads() if args.lm_head else list(variants(calibration.name, args.gptq_python))
         for name in args.models.split(","):
             plain = _plain(name, text[:cut])
+            if args.lm_head:
+                plain = untied(plain, Path(folder) / name)
             for figure in quality(name, plain, text[cut:], args.windows, more):
                 figures.append(figure)
                 cells = [figure.model, figure.scheme, figure.group, figure.method]

@@ -45,6 +45,10 @@ def test_the_command_is_green_and_prints_nothing_but_json():
         for scheme in envs.SCHEMES:
             for kind in ("linear", "moe"):
                 assert found[f"{scheme}_{kind} {isa}"]["state"] == "ok"
+    head = found["lm_head w8a16"]
+    assert head["state"] == "ok"
+    assert head["detail"].startswith("groups 32, 64, 128, channel; quantized while loading")
+    assert '{"tm_online": {"lm_head": "w8a16"}}' in head["detail"]
     for patch in ("mixed_precision", "scaled_mm", "moe_methods", "online", "model_loader"):
         assert found[patch]["detail"].startswith("not applied")
 

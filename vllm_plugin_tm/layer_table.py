@@ -32,6 +32,7 @@ from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_w
 from vllm_plugin_tm.quantization.experts_method import TMExpertsMethod
 from vllm_plugin_tm.quantization.kernel import TMKernel
 from vllm_plugin_tm.quantization.load_check import Layer
+from vllm_plugin_tm.quantization.online.head import HeadMethod, TableMethod, TiedHeadMethod
 
 TITLE = "vllm-plugin-tm layers"
 
@@ -80,6 +81,10 @@ def watched(model: torch.nn.Module) -> list[Layer]:
     for name, module in model.named_modules():
         kernel = tm_kernel_of(module)
         if kernel is None or is_online(module):
+            continue
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, HeadMethod):
+            layers.append(method.loaded(name, module))
             continue
         parent, _, leaf = name.rpartition(".")
         parts = [f"{parent}.{part}" if parent else part for part in fused.get(leaf, ())]
@@ -156,10 +161,22 @@ def _describe(
     module: torch.nn.Module, method: QuantizeMethodBase
 ) -> tuple[str, str, bool, str, int | None, str]:
     """(scheme, kernel, on_tm, isa, group_size, note) of one layer."""
+    if isinstance(method, TableMethod) and method.borrowed:
+        return (
+            "UnquantizedEmbeddingMethod",
+            "-",
+            False,
+            "",
+            None,
+            "not quantized, the head's copy is",
+        )
+    if isinstance(method, TiedHeadMethod):
+        module, method = method.table, method.table.quant_method
     scheme = type(getattr(module, "scheme", None) or method).__name__
     kernel = _kernel_of(module)
     if isinstance(kernel, TMKernel):
-        return scheme, type(kernel).__name__, True, ops.get_isa(), kernel.group_size, kernel.note
+        note = kernel.note or getattr(method, "tm_note", "")
+        return scheme, type(kernel).__name__, True, ops.get_isa(), kernel.group_size, note
     if isinstance(method, TMEmbeddingWNA16):
         note = "rows are unpacked as they are looked up"
         return scheme, TMEmbeddingWNA16.__name__, True, "", None, note

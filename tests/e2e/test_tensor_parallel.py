@@ -15,6 +15,7 @@ import float_models
 import pytest
 import torch
 from conftest import Child
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tools import make_model
@@ -304,3 +305,59 @@ def test_blocks_that_a_shard_cuts_are_refused(models: Path, cores: str) -> None:
         r"\[128, 64, 64\]\) must be a multiple of the 128 output rows of a block"
     )
     assert re.search(words, ended.output), ended.output[-4000:]
+
+
+@pytest.fixture(scope="module")
+def head_results(
+    models: Path, cores: str, run_engines: Callable[..., list[dict[str, Any]]]
+) -> dict[str, dict[str, Any]]:
+    """Two workers each, of one head: from the converter, and quantized while it is loaded, with
+    weights of its own and tied. The vocabulary is padded in the second worker."""
+    sizes = {"vocab_size": 510}
+    tied = e2e_models.tiny(models, "llama", tie_word_embeddings=True, **sizes)
+    untied = _untied(tied, models / f"{tied.name}-untied")
+    converted = make_model.quantize_checkpoint(
+        untied, models / f"{tied.name}-head-w8a16", "w8a16", targets=("lm_head",)
+    )
+    online = {"additional_config": {"tm_online": {"lm_head": "w8a16"}}}
+    engines: dict[str, dict[str, Any]] = {
+        "converted": {"model": str(converted)},
+        "untied": {"model": str(untied), **online},
+        "tied": {"model": str(tied), **online},
+    }
+    jobs = [
+        {
+            "engine": {**engine, **ENGINE, "tensor_parallel_size": 2},
+            "prompts": PROMPTS,
+            "tokens": 4,
+            "workers": True,
+        }
+        for engine in engines.values()
+    ]
+    found = run_engines("parallel-head", jobs, VLLM_CPU_OMP_THREADS_BIND=cores)
+    return dict(zip(engines, found, strict=True))
+
+
+def _untied(tied: Path, target: Path) -> Path:
+    """The same model with a head of its own that is its embedding."""
+    target.mkdir(exist_ok=True)
+    config = json.loads((tied / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    state = load_file(tied / make_model.WEIGHTS)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, target / make_model.WEIGHTS, metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("name", ["untied", "tied"])
+def test_a_head_that_is_quantized_while_loading_has_the_same_codes(
+    head_results: dict[str, dict[str, Any]], name: str
+) -> None:
+    """Bit for bit: each worker has whole rows of the head."""
+    converted, online = (head_results[key]["answers"][0] for key in ("converted", name))
+    assert converted["tokens"] == online["tokens"]
+    for a, b in zip(converted["logprobs"], online["logprobs"], strict=True):
+        assert torch.isfinite(a).all()
+        assert torch.equal(a, b)
+    for worker in head_results[name]["workers"]:
+        assert ("TMWNA16LinearKernel", True, 1) in worker["layers"]

@@ -212,7 +212,7 @@ def test_classes_are_subclasses_under_the_same_names(patch):
 
 def test_what_the_worker_changes_is_in_the_table():
     (row,) = [patch for patch in table.PATCHES if patch.name == "worker"]
-    for name in ("reload_weights", "update_weights", "finish_weight_update"):
+    for name in ("load_model", "reload_weights", "update_weights", "finish_weight_update"):
         assert name in vars(worker.TMWorker)
         assert f"vllm.v1.worker.gpu_worker:Worker.{name}" in row.expects
 

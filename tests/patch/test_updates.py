@@ -41,6 +41,8 @@ SIZES = {
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8}
 WIDE_EXPERTS = WIDE | {"moe_intermediate_size": 256, "num_key_value_heads": 4}
 BLOCKS = {"on_indivisible": "channel", "scales": "ue8m0"}
+PADDED = {"vocab_size": 120}
+HEAD = {"lm_head": "w8a16"}
 EXPERTS = {
     "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32,
 }  # fmt: skip
@@ -110,6 +112,10 @@ MODELS = {
     "tm_fp8 experts": (plain("qwen3_moe"), "tm_fp8"),
     "tm_fp8_block": (plain("llama", sizes=WIDE), "tm_fp8_block", BLOCKS),
     "tm_fp8_block experts": (plain("qwen3_moe", sizes=WIDE_EXPERTS), "tm_fp8_block"),
+    "head": (plain("llama", sizes=PADDED), None, HEAD),
+    "head tied": (plain("llama", tied=True, sizes=PADDED), None, HEAD),
+    "head w4a16": (quantized(tiny_llama), None, HEAD),
+    "head tm_w4a16 biases": (plain("qwen2", tied=True), "tm_w4a16", HEAD),
 }
 UNQUANTIZED = {"bf16": (plain("llama"), None)}
 WAYS = ("reload", "session")
@@ -263,6 +269,7 @@ SPOILS = {
     cast: "{}: expected .*found torch",
 }
 UP, EXPERT = "model.layers.1.mlp.up_proj", "model.layers.0.mlp.experts.3.up_proj"
+TABLE = "model.embed_tokens.weight"
 GATE_UP = r" \(layer model.layers.1.mlp.gate_up_proj\)"
 ROUTED = r" \(layer model.layers.0.mlp.experts.*\)"
 # model, what is wrong with it, the tensor, what the message says behind its name
@@ -280,6 +287,10 @@ WRONG = [
     *(("tm_w8a8 experts", spoil, f"{EXPERT}.weight", ROUTED) for spoil in SPOILS),
     *(("tm_fp8_block", spoil, f"{UP}.weight", GATE_UP) for spoil in SPOILS),
     *(("tm_fp8_block experts", spoil, f"{EXPERT}.weight", ROUTED) for spoil in (without, nan)),
+    *(("head", spoil, "lm_head.weight", "") for spoil in SPOILS),
+    *(("head tied", spoil, TABLE, "") for spoil in SPOILS),
+    *(("head tied", spoil, "model.norm.weight", "") for spoil in (without, nan)),
+    *(("head w4a16", spoil, "lm_head.weight", "") for spoil in (without, cut, nan)),
 ]  # fmt: skip
 
 
@@ -472,9 +483,19 @@ def test_a_model_that_began_with_dummy_weights(tmp_path):
     served.assert_loaded_from(tmp_path / "1")
 
 
-def test_tied_weights_need_not_come_twice(tmp_path):
+@pytest.mark.parametrize("name", ["head", "head tied"])
+def test_a_head_that_began_with_dummy_weights(tmp_path, name):
+    """Rows that pad the vocabulary never come, and are not waited for."""
+    served = Served(name, tmp_path, load_format="dummy")
+    served.update("session", served.checkpoint(1))
+    served.options["load_format"] = "auto"
+    served.assert_loaded_from(tmp_path / "1")
+
+
+@pytest.mark.parametrize("name", ["tm_w4a16 biases", "head tied"])
+def test_tied_weights_need_not_come_twice(tmp_path, name):
     """A checkpoint may have a tied head, a trainer does not."""
-    served = Served("tm_w4a16 biases", tmp_path)
+    served = Served(name, tmp_path)
     path = served.checkpoint(1)
     file = path / "model.safetensors"
     tensors = load_file(file)

@@ -11,6 +11,7 @@ from typing import Literal
 from vllm_plugin_tm import envs, versions
 from vllm_plugin_tm.kernels import ops
 from vllm_plugin_tm.quantization import support_matrix
+from vllm_plugin_tm.quantization.online.options import HEAD_SCHEMES, KEY, LM_HEAD
 
 State = Literal["ok", "info", "warn", "fail"]
 
@@ -214,10 +215,22 @@ def _matrix() -> list[Check]:
             alike.setdefault((state, text), []).append(weight_type)
         for (state, text), weight_types in alike.items():
             checks.append(Check(f"{row.scheme} {' '.join(weight_types)}", state, text))
+    checks += [_head(scheme) for scheme in HEAD_SCHEMES]
     if envs.w4a16_int8_activations():
         text = f"rounded to int8, which costs accuracy: {envs.INT8_ACTIVATIONS.name}=1"
         checks.append(Check("w4a16 activations", "warn", text))
     return checks
+
+
+def _head(scheme: str) -> Check:
+    """Whether an output head of 16 bits may be quantized while it is loaded."""
+    row = next(row for row in support_matrix.MATRIX if row.scheme == scheme)
+    symmetric = (name for name in row.weight_types if not support_matrix.needs_zero_points(name))
+    state, text = _cell(row, next(symmetric), "bfloat16")
+    asked = f'--additional-config \'{{"{KEY}": {{"{LM_HEAD}": "{scheme}"}}}}\''
+    return Check(
+        f"{LM_HEAD} {scheme}", state, f"{text}; quantized while loading where asked: {asked}"
+    )
 
 
 def _cell(row: support_matrix.Row, weight_type: str, act_dtype: str) -> tuple[State, str]:

@@ -20,6 +20,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 from vllm_plugin_tm import layer_table
 from vllm_plugin_tm.quantization import fused_parts, load_check
 from vllm_plugin_tm.quantization.online.config import TMOnlineConfig
+from vllm_plugin_tm.quantization.online.head import quantize_head
 from vllm_plugin_tm.quantization.online.options import refuse_without_method
 from vllm_plugin_tm.updates import update as updates
 
@@ -51,8 +52,11 @@ class _LayerTable(BaseModelLoader):
         logger.info("%s", layer_table.render(rows))
         return model
 
-    def create_model(self, vllm_config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        model = super().create_model(vllm_config, *args, **kwargs)
+    def create_model(
+        self, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any
+    ) -> torch.nn.Module:
+        model = super().create_model(vllm_config, model_config, *args, **kwargs)
+        quantize_head(model, vllm_config, model_config)
         if isinstance(vllm_config.quant_config, TMOnlineConfig):
             vllm_config.quant_config.refuse_unmatched()
         fused_parts.refuse_schemes(model, vllm_config.quant_config)

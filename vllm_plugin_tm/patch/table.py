@@ -16,6 +16,7 @@ _LINEAR = "vllm.model_executor.kernels.linear"
 _LOADER = "vllm.model_executor.model_loader"
 _TRANSFER = "vllm.distributed.weight_transfer"
 _QUANTIZATION = "vllm.model_executor.layers.quantization"
+_VOCABULARY = "vllm.model_executor.layers.vocab_parallel_embedding"
 _CT = f"{_QUANTIZATION}.compressed_tensors.compressed_tensors"
 _CT_MOE = f"{_QUANTIZATION}.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe"
 _MOE_INIT = "(self, weight_quant, input_quant, moe, layer_name=None)"
@@ -280,11 +281,13 @@ PATCHES: tuple[Patch, ...] = (
         kind="registry",
         why=(
             "upstream leaves a quantized tensor that the checkpoint lacks as uninitialized memory, "
-            "does not name a damaged file, and has no hook for a report after loading"
+            "does not name a damaged file, has no hook for a report after loading, and none for "
+            "the output head of a model whose layers have another method, or none"
         ),
         how=(
             "subclasses of the live DefaultModelLoader and DummyModelLoader in every entry that "
-            "names these two, in place"
+            "names these two, in place; of a model that they made, the head's method where "
+            "tm_online.lm_head says so"
         ),
         expects={
             f"{_LOADER}:_LOAD_FORMAT_TO_MODEL_LOADER": "dict",
@@ -302,6 +305,9 @@ PATCHES: tuple[Patch, ...] = (
                 " allow_patterns_overrides)"
             ),
             f"{_LOADER}.dummy_loader:DummyModelLoader.load_weights": "(self, model, model_config)",
+            f"{_VOCABULARY}:ParallelLMHead.tie_weights": "(self, embed_tokens)",
+            f"{_VOCABULARY}:UnquantizedEmbeddingMethod.apply": "(self, layer, x, bias=None)",
+            f"{_VOCABULARY}:UnquantizedEmbeddingMethod.embedding": "(self, layer, input_)",
         },
         tested=COMPAT_VLLM,
         delete_when="upstream tracks the loading of quantized models by default and names the file",
@@ -335,13 +341,15 @@ PATCHES: tuple[Patch, ...] = (
         kind="subclass",
         why=(
             "upstream reloads layer by layer into the weights that serve: what fails on the way "
-            "leaves half of the model new and the rest without memory"
+            "leaves half of the model new and the rest without memory; and a loader that is not "
+            "ours leaves a head that is to be quantized"
         ),
         how="a subclass of the live CPUWorker under the same name in its module",
         expects={
             "vllm.v1.worker.cpu_worker:CPUWorker": (
                 "(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker=False)"
             ),
+            "vllm.v1.worker.gpu_worker:Worker.load_model": "(self, *, load_dummy_weights=False)",
             "vllm.v1.worker.gpu_worker:Worker.reload_weights": "(self, *args, **kwargs)",
             "vllm.v1.worker.gpu_worker:Worker.update_weights": "(self, update_info)",
             "vllm.v1.worker.gpu_worker:Worker.finish_weight_update": "(self)",

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch: the CPU worker's updates of weights are all or nothing for models with layers of ours."""
+"""Patch: the CPU worker's updates of weights are all or nothing for models with layers of ours, and
+it serves no head of 16 bits where the options say otherwise."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,7 @@ import torch
 
 from vllm_plugin_tm import layer_table
 from vllm_plugin_tm.patch.class_swap import ClassSwap, ClassSwaps
+from vllm_plugin_tm.quantization.online.head import refuse_left
 from vllm_plugin_tm.updates.update import UpdateError, update
 
 logger = logging.getLogger("vllm.plugin_tm")
@@ -26,6 +28,12 @@ class TMWorker:
     vllm_config: Any
     weight_transfer_engine: Any
     _weight_update_active: bool
+
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        """As upstream's. Raises OnlineError where the loader has left a head that the options would
+        have quantized."""
+        super().load_model(load_dummy_weights=load_dummy_weights)  # type: ignore[misc]
+        refuse_left(self.model_runner.get_model(), self.vllm_config)
 
     def reload_weights(
         self,

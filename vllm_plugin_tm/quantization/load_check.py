@@ -47,7 +47,8 @@ class Layer:
     `sources` are the checkpoint's modules that are fused in it, each with its number of output
     rows in this shard; a layer that is fused from nothing has itself as the only one. `prefix` is
     what stands before the checkpoint's names of tensors in the parameters' names. Parameters of
-    experts are [experts, rows, ...], or [experts, ..., rows] where `rows_last`.
+    experts are [experts, rows, ...], or [experts, ..., rows] where `rows_last`. `late_bias`: one is
+    made where the checkpoint brings it.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Layer:
     sources: tuple[tuple[str, int], ...]
     prefix: str = ""
     rows_last: bool = False
+    late_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,8 @@ def refuse_unfit(name: str, tensor: torch.Tensor, layers: Mapping[str, Layer]) -
     param = getattr(layer.module, param_name, None) if param_name in layer.tensors else None
     if param is not None and not _fits(param, tensor):
         raise CheckpointError(f"{name}: expected {_kind(param)}, found {tensor.dtype}")
-    if leaf == "bias" and getattr(layer.module, param_name, None) is None and bool(tensor.any()):
+    without_bias = not layer.late_bias and getattr(layer.module, param_name, None) is None
+    if leaf == "bias" and without_bias and bool(tensor.any()):
         raise CheckpointError(
             f"{name}: surplus in the checkpoint, layer {layer.name} of this model has no bias"
         )

@@ -19,13 +19,13 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
     CompressedTensorsConfig,
 )
 
-from vllm_plugin_tm.quantization.convert.config import scheme_of
 from vllm_plugin_tm.quantization.convert.errors import ConvertError
 from vllm_plugin_tm.quantization.convert.options import Options
 from vllm_plugin_tm.quantization.convert.selection import matches, select
 from vllm_plugin_tm.quantization.online.experts import online_experts
 from vllm_plugin_tm.quantization.online.linear import OnlineLinearMethod
 from vllm_plugin_tm.quantization.online.options import KEY, OnlineError, parse
+from vllm_plugin_tm.quantization.online.scheme import compressed, scale_dtype, stored_dtype
 
 # Any expert stands for all, and any projection of it for the others.
 _EXPERT = "0.gate_proj"
@@ -85,15 +85,11 @@ class TMOnlineConfig(QuantizationConfig):
 
     @cached_property
     def _stored_dtype(self) -> torch.dtype | None:
-        model = get_current_vllm_config().model_config
-        found = getattr(model.hf_text_config, "dtype", None)
-        found = getattr(torch, found, None) if isinstance(found, str) else found
-        return found if isinstance(found, torch.dtype) else None
+        return stored_dtype(get_current_vllm_config().model_config)
 
     def scale_dtype(self, weight: torch.dtype) -> torch.dtype:
-        """What scales are computed with: the weights' own type, which the converter stores them in.
-        A float32 model has its weights exactly as the checkpoint does, and so its scales."""
-        return (self._stored_dtype or weight) if weight == torch.float32 else weight
+        """What scales of weights of that type are computed with."""
+        return scale_dtype(weight, self._stored_dtype)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How the layer's weights are made and used; None leaves it to upstream.
@@ -144,15 +140,7 @@ class TMOnlineConfig(QuantizationConfig):
 
     def compressed(self, group_size: int) -> CompressedTensorsConfig:
         """Upstream's config of a checkpoint with such weights."""
-        scheme = scheme_of(self.options, group_size, ["Linear"])
-        config = CompressedTensorsConfig.from_config(
-            {
-                "quant_method": "compressed-tensors",
-                "format": self.options.weight_format,
-                "ignore": [],
-                "config_groups": {"group_0": scheme.model_dump(mode="json")},
-            }
-        )
+        config = compressed(self.options, group_size)
         config.packed_modules_mapping = self.packed_modules_mapping
         return config
 

@@ -24,6 +24,13 @@ METHODS = {f"tm_{scheme.replace('-', '_')}": scheme for scheme in SCHEMES}
 ROUNDINGS = ("rtn", "signed", "mse")
 """Methods of rounding that need nothing but the weights."""
 
+LM_HEAD = "lm_head"
+"""The option that needs no method: the output head's weights, of any checkpoint that has them in 16
+bits."""
+
+HEAD_SCHEMES = ("w8a16",)
+"""What a head may be quantized to: the converter's schemes of these names."""
+
 _HELP = {
     "group_size": 'a multiple of 8, or "channel"',
     "block_size": " or ".join(map(str, BLOCK_SIZES)),
@@ -34,6 +41,7 @@ _HELP = {
     "on_indivisible": " or ".join(ON_INDIVISIBLE),
     "ignore": "a list of modules' names, or regular expressions after re:",
     "targets": "a list of modules' names, or regular expressions after re:",
+    LM_HEAD: " or ".join(HEAD_SCHEMES),
 }
 """Option -> what is allowed."""
 
@@ -50,9 +58,8 @@ def parse(method: str, additional: object) -> Options:
     scheme = METHODS[method]
     given = options_in(additional)
     _refuse_unknown(given)
-    values: dict[str, Any] = {}
-    for name, value in given.items():
-        values[name] = _read(name, value)
+    values: dict[str, Any] = {name: _read(name, value) for name, value in given.items()}
+    values.pop(LM_HEAD, None)
     if values.get("method", "rtn") not in ROUNDINGS:
         raise _wrong("method", given["method"])
     try:
@@ -71,12 +78,30 @@ def options_in(additional: object) -> dict[str, Any]:
     return found
 
 
+def head_scheme(additional: object) -> str | None:
+    """What the output head is to be quantized to, one of HEAD_SCHEMES; None to leave it.
+
+    Raises OnlineError for anything else.
+    """
+    given = options_in(additional)
+    if LM_HEAD not in given:
+        return None
+    return str(_read(LM_HEAD, given[LM_HEAD]))
+
+
 def refuse_without_method(additional: object, quantization: str | None) -> None:
-    """Raises OnlineError where options are given that nothing would act on."""
-    if isinstance(additional, Mapping) and KEY in additional and quantization not in METHODS:
+    """Raises OnlineError where options are given that nothing would act on, and for a wrong
+    LM_HEAD, whatever it goes with."""
+    given = options_in(additional)
+    head_scheme(additional)
+    if quantization in METHODS or set(given) == {LM_HEAD}:
+        return
+    if isinstance(additional, Mapping) and KEY in additional:
+        _refuse_unknown(given)
         raise OnlineError(
             f"--additional-config has {KEY}, but --quantization is {quantization!r}; the options "
-            f"are for one of {', '.join(METHODS)}. Drop one or give the other."
+            f"are for one of {', '.join(METHODS)}, except {LM_HEAD}, which may stand alone. "
+            "Drop one or give the other."
         )
 
 
@@ -110,7 +135,7 @@ def _read(name: str, value: object) -> object:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise _wrong(name, value)
         return tuple(value)
-    if not isinstance(value, str):
+    if not isinstance(value, str) or (name == LM_HEAD and value not in HEAD_SCHEMES):
         raise _wrong(name, value)
     return value
 
