@@ -148,8 +148,11 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _kernel_of(module: torch.nn.Module) -> object:
     """What upstream chose for the layer. compressed-tensors keeps it on the layer's scheme, others
-    on the quantization method, under several names."""
-    for owner in (getattr(module, "scheme", None), getattr(module, "quant_method", None)):
+    on the quantization method, under several names, AutoRound on the method that its method's
+    scheme has made."""
+    method = getattr(module, "quant_method", None)
+    inner = getattr(getattr(method, "scheme", None), "linear_method", None)
+    for owner in (getattr(module, "scheme", None), method, inner):
         for name in ("kernel", "fp8_linear", "linear_kernel"):
             kernel = getattr(owner, name, None)
             if kernel is not None:

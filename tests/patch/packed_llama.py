@@ -27,6 +27,18 @@ def awq(group, zero_point=True):
     }
 
 
+def auto_round(bits, group, packing):
+    """AutoRound's own configuration around GPTQ's or AWQ's packing."""
+    return {
+        "quant_method": "auto-round",
+        "bits": bits,
+        "group_size": group,
+        "sym": packing == "gptq",
+        "data_type": "int",
+        "packing_format": f"auto_round:auto_{packing}",
+    }
+
+
 def codes(packed, k, bits=4, packed_dim=1):
     """Unsigned codes from compressed-tensors' packing."""
     shape = torch.Size((packed.shape[0], k))

@@ -16,6 +16,7 @@ if not ops.is_available():
 
 from vllm_plugin_tm import layer_table
 from vllm_plugin_tm.patch import apply
+from vllm_plugin_tm.quantization.load_check import CheckpointError
 
 pytestmark = pytest.mark.slow
 
@@ -146,3 +147,22 @@ def test_layers_that_are_not_ours_are_refused_by_upstream(
     tiny_llama.save(tmp_path, other, quantization=packed_llama.gptq(bits, group))
     with pytest.raises(ValueError, match=words):
         tiny_llama.load(tmp_path, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("packing", ["gptq", "awq"])
+def test_the_layers_of_auto_rounds_method_are_known(tmp_path, packing):
+    """Their kernel lies deeper in upstream's method: the table has it, and what a checkpoint lacks
+    is missed."""
+    state = tiny_llama.tensors(symmetric=packing == "gptq")
+    tensors = packed_llama.gptq_tensors if packing == "gptq" else packed_llama.awq_tensors
+    other = packed_llama.converted(state, tensors)
+    quantization = packed_llama.auto_round(4, 32, packing)
+    tiny_llama.save(tmp_path / "whole", other, quantization=quantization)
+    tiny_llama.load(tmp_path / "whole", dtype="bfloat16")
+    row = layer_table.last()[0]
+    assert (row.scheme, row.kernel, row.on_tm) == ("INCLinearMethod", "TMWNA16LinearKernel", True)
+    assert row.count == 8
+    del other["model.layers.1.mlp.up_proj.scales"]
+    tiny_llama.save(tmp_path / "part", other, quantization=quantization)
+    with pytest.raises(CheckpointError, match=r"missing.*\n.*layers\.1\.mlp\.up_proj\.scales"):
+        tiny_llama.load(tmp_path / "part", dtype="bfloat16")

@@ -142,13 +142,16 @@ def ct_fp8_block() -> Format:
     return Format(_ct("float-quantized", weights, inputs), layer)
 
 
-def fp8_block() -> Format:
-    """DeepSeek's block FP8, the format "fp8": weight e4m3 [N, K] and weight_scale_inv."""
+def fp8_block(plain: tuple[str, ...] = ()) -> Format:
+    """DeepSeek's block FP8, the format "fp8": weight e4m3 [N, K] and weight_scale_inv; it knows no
+    patterns, so what is `plain` has its whole name."""
 
     def layer(n: int, k: int, rng: torch.Generator) -> Tensors:
         return {"weight": _fp8(n, k, rng), "weight_scale_inv": _block_scales(n, k)}
 
     config = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+    if plain:
+        config["modules_to_not_convert"] = list(plain)
     return Format(config | {"weight_block_size": [FP8_BLOCK, FP8_BLOCK]}, layer)
 
 

@@ -44,6 +44,9 @@ def _qwen3_moe(name: str, stored: Format, unquantized: str | None = None) -> Loo
 # All but the experts of layer 0, as upstream's test of partly quantized MoE models has it.
 FIRST_EXPERTS_ONLY = r"model\.layers\.(\d+\.self_attn|[1-9]).*"
 
+# What Qwen3-30B-A3B-FP8 keeps in 16 bits beside its norms.
+ROUTERS = ("lm_head", *(f"model.layers.{index}.mlp.gate" for index in range(QWEN3_MOE.layers)))
+
 _OSS = {"num_local_experts": GPT_OSS.experts, "num_experts_per_tok": 2, "sliding_window": 128}
 _OSS |= {"layer_types": ["sliding_attention", "full_attention"], "swiglu_limit": 7.0}
 
@@ -59,7 +62,7 @@ LOOK_ALIKES: tuple[LookAlike, ...] = (
     _qwen3("RedHatAI/Qwen3-1.7B-quantized.w4a16", formats.ct_w4a16(128, symmetric=False)),
     _qwen2("OPEA/Qwen2.5-0.5B-Instruct-int4-sym-inc", formats.auto_round(128)),
     _qwen3("Qwen/Qwen3-0.6B-FP8", formats.fp8_block()),
-    _qwen3_moe("Qwen/Qwen3-30B-A3B-FP8", formats.fp8_block()),
+    _qwen3_moe("Qwen/Qwen3-30B-A3B-FP8", formats.fp8_block(ROUTERS)),
     LookAlike(
         "openai/gpt-oss-20b",
         "GptOssForCausalLM",
