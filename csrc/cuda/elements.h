@@ -10,6 +10,9 @@ namespace turbo::cuda {
 struct F16 {};
 struct BF16 {};
 
+inline const char* type_name(F16) { return "f16"; }
+inline const char* type_name(BF16) { return "bf16"; }
+
 struct alignas(8) Vec2 {
   uint32_t v[2];
 };

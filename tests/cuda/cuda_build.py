@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds programs and libraries of csrc/cuda with the host's C++ compiler, once for each state of the
-sources: objects and results are kept under build/ by the hash of everything that goes into them."""
+"""Builds programs and libraries of csrc/cuda with the host's C++ compiler, once for each state of
+the sources: objects and results are kept under build/ by the hash of what goes into them."""
 
 import concurrent.futures
 import hashlib
@@ -17,7 +17,11 @@ FLAGS = ("-std=c++20", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-Wall", "-We
 
 
 def build(
-    repository: Path, name: str, sources: Sequence[Path], link: Sequence[str], folders: Sequence[str]
+    repository: Path,
+    name: str,
+    sources: Sequence[Path],
+    link: Sequence[str],
+    folders: Sequence[str],
 ) -> Path:
     """The program or library `name` of `sources`, linked with the flags `link`; headers of
     `folders`, relative to the repository, are part of every object's hash."""
