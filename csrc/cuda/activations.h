@@ -27,69 +27,82 @@ struct Rows16 {
   bool vectors;
 };
 
-/// Element by element, for rows that start anywhere.
-TM_DEVICE Vec4 gather_chunk(const Rows16& in, int row, int k) {
-  Vec4 chunk = {};
-  TM_UNROLL
-  for (int i = 0; i < 8; ++i)
-    if (row < in.rows && k + i < in.k)
-      chunk.v[i / 2] |= static_cast<uint32_t>(load_global(in.x + row * in.stride + k + i)) << (16 * (i % 2));
-  return chunk;
-}
-
-/// Starts to bring slab `slab` of the rows from first_row on to `to`; zeros where x ends.
+/// A thread's part in bringing slabs of the rows from first_row on to shared memory; zeros where x ends.
 template <class Tile>
-TM_DEVICE void load_activations(const Rows16& in, int first_row, int slab, uint32_t to, int thread) {
-  constexpr int kChunks = Tile::kRows * kRowChunks;
-  TM_UNROLL
-  for (int i = thread; i < kChunks; i += Tile::kThreads) {
-    const int tile_row = i / kRowChunks, chunk = i % kRowChunks;
-    const int row = first_row + tile_row, k = slab * kSlabK + chunk * 8;
-    const uint32_t place = to + chunk_offset(tile_row, chunk);
-    if (in.vectors) {
-      const int left = row < in.rows ? in.k - k : 0;
-      const bool any = left > 0;
-      cp_async_16(place, any ? in.x + row * in.stride + k : in.x, any ? (left < 8 ? left * 2 : kChunkBytes) : 0);
-    } else {
-      store_shared_128(place, gather_chunk(in, row, k));
+class ActivationLoader {
+ public:
+  TM_DEVICE ActivationLoader(const Rows16& in, int first_row, int thread)
+      : in_(in), row_(first_row + thread / kRowChunks), k_(thread % kRowChunks * 8), thread_(thread),
+        from_(in.x + row_ * in.stride + k_), place_(chunk_offset(thread / kRowChunks, thread % kRowChunks)) {}
+
+  /// Starts to bring slab `slab` to the tile at `to`.
+  TM_DEVICE void load(int slab, uint32_t to) const {
+    const int k = slab * kSlabK + k_;
+    if (!in_.vectors) return gather(k, to);
+    const int left = in_.k - k < 8 ? in_.k - k : 8;
+    share<kChunks, Tile::kThreads>(thread_, [&](int, int j) {
+      const bool inside = row_ + j * kStepRows < in_.rows && left > 0;
+      cp_async_16(to + place(j), inside ? from_ + j * kStepRows * in_.stride + slab * kSlabK : in_.x,
+                  inside ? 2 * left : 0);
+    });
+  }
+
+ private:
+  static constexpr int kChunks = Tile::kRows * kRowChunks;
+  static constexpr int kStepRows = Tile::kThreads / kRowChunks;
+  static_assert(kStepRows % 8 == 0);
+
+  /// The rows of a thread's chunks are a multiple of 8 apart: their places in a row are the same.
+  TM_DEVICE uint32_t place(int j) const { return place_ + static_cast<uint32_t>(j * kStepRows * kRowBytes); }
+
+  /// Element by element, for rows that start anywhere. Slow, and so kept small.
+  TM_DEVICE void gather(int k, uint32_t to) const {
+    TM_NO_UNROLL
+    for (int i = 0; thread_ + i / 8 * Tile::kThreads < kChunks; ++i) {
+      const int j = i / 8, e = i % 8;
+      const bool inside = row_ + j * kStepRows < in_.rows && k + e < in_.k;
+      const uint16_t x = inside ? load_global(from_ + j * kStepRows * in_.stride + k - k_ + e) : 0;
+      store_shared_16(to + place(j) + static_cast<uint32_t>(2 * e), x);
     }
   }
-}
 
-/// B fragments of a warp's columns.
-template <class Tile>
-using Columns = uint32_t[Tile::kColumns][2];
+  const Rows16& in_;
+  int row_, k_, thread_;
+  const uint16_t* from_;
+  uint32_t place_;
+};
 
-/// Reads the B fragments of one step (16 k) after the other from a tile of x.
+/// Reads B fragments from a tile of x, which begins at a multiple of 128 bytes.
 template <class Tile>
 class ColumnReader {
  public:
-  TM_DEVICE explicit ColumnReader(const Place<Tile>& place) : lane_(place.lane), row_(place.first_row()) {}
+  /// Columns of eight rows of x that one ldmatrix brings; where a warp has one, it brings two steps of it.
+  static constexpr int kAtOnce = Tile::kColumns == 1 ? 1 : 2;
 
-  /// Steps of a slab in ascending order; `step` is known while compiling.
-  TM_DEVICE void read(uint32_t from, int step, Columns<Tile>& b) {
-    if constexpr (Tile::kColumns == 1) {
-      // One ldmatrix brings two steps.
-      if (step % 2 == 0) ldmatrix_x4(pair_, from + chunk_offset(row_ + (lane_ & 7), step * 2 + lane_ / 8));
-      b[0][0] = step % 2 ? pair_[2] : pair_[0];
-      b[0][1] = step % 2 ? pair_[3] : pair_[1];
+  TM_DEVICE explicit ColumnReader(const Place<Tile>& place) {
+    const int matrix = place.lane / 8, row = place.first_row() + place.lane % 8;
+    first_ = kAtOnce == 1 ? chunk_offset(row, matrix) : chunk_offset(row + 8 * (matrix / 2), matrix % 2);
+  }
+
+  /// b = the fragments of step `step` (16 k) of the warp's columns from `column` on. Steps come in ascending order;
+  /// both are known while compiling.
+  TM_DEVICE void read(uint32_t from, int step, int column, uint32_t (&b)[kAtOnce][2]) {
+    // Step s has the chunks 2s and 2s + 1, and a chunk's place is its number, changed in the bits of r % 8.
+    const uint32_t at = (from + first_) ^ static_cast<uint32_t>(2 * step * kChunkBytes);
+    if constexpr (kAtOnce == 1) {
+      if (step % 2 == 0) ldmatrix_x4(read_, at);
+      b[0][0] = read_[step % 2 * 2];
+      b[0][1] = read_[step % 2 * 2 + 1];
     } else {
+      ldmatrix_x4(read_, at + static_cast<uint32_t>(8 * column * kRowBytes));
       TM_UNROLL
-      for (int c = 0; c < Tile::kColumns; c += 2) {
-        uint32_t d[4];
-        const int row = row_ + 8 * (c + lane_ / 16) + (lane_ & 7);
-        ldmatrix_x4(d, from + chunk_offset(row, 2 * step + (lane_ / 8 & 1)));
-        b[c][0] = d[0];
-        b[c][1] = d[1];
-        b[c + 1][0] = d[2];
-        b[c + 1][1] = d[3];
-      }
+      for (int i = 0; i < 4; ++i) b[i / 2][i % 2] = read_[i];
     }
   }
 
  private:
-  int lane_, row_;
-  uint32_t pair_[4] = {};
+  uint32_t first_;
+  uint32_t read_[4] = {};
 };
 
 }  // namespace turbo::cuda

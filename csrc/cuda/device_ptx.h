@@ -10,6 +10,7 @@
 
 #define TM_DEVICE __device__ __forceinline__
 #define TM_UNROLL _Pragma("unroll")
+#define TM_NO_UNROLL _Pragma("unroll 1")
 
 namespace turbo::cuda {
 
@@ -20,7 +21,7 @@ TM_DEVICE int block_index_y() { return static_cast<int>(blockIdx.y); }
 TM_DEVICE void sync_threads() { __syncthreads(); }
 TM_DEVICE void sync_warp() { __syncwarp(); }
 /// What this thread wrote to global memory is seen by everyone who sees what it writes after this.
-TM_DEVICE void thread_fence() { __threadfence(); }
+TM_DEVICE void thread_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 /// Global memory; T is a type of 1, 2, 4, 8 or 16 bytes, aligned to its size.
 template <class T>

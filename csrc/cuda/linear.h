@@ -29,7 +29,6 @@ LinearPlan plan_linear(const Layout& layout, int64_t rows, int multiprocessors);
 
 /// Tile shapes, smallest first.
 int tile_count();
-int tile_channels(int tile);
 int tile_rows(int tile);
 
 /// Bytes of `sums`, and words of `arrived`, that a launch of a plan needs; either may be 0.

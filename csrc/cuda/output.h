@@ -49,20 +49,20 @@ TM_DEVICE void write_output(Type type, const Output16& out, int first_row, int f
         }
     }
   sync_threads();
-  for (int i = place.thread; i < Tile::kRows * Shared::kChunks; i += Tile::kThreads) {
+  share<Tile::kRows * Shared::kChunks, Tile::kThreads>(place.thread, [&](int i, int) {
     const int row = i / Shared::kChunks, channel = i % Shared::kChunks * 8;
     const int left = out.n - first_channel - channel;
-    if (first_row + row >= out.rows || left <= 0) continue;
+    if (first_row + row >= out.rows || left <= 0) return;
     const Vec4 chunk = load_shared_128(shared_base() + static_cast<uint32_t>(row * Shared::kPitch + channel * 2));
     uint16_t* to = out.y + (first_row + row) * out.stride + first_channel + channel;
     if (out.vectors && left >= 8) {
       store_global(reinterpret_cast<Vec4*>(to), chunk);
-      continue;
+      return;
     }
     TM_UNROLL
     for (int j = 0; j < 8; ++j)
       if (j < left) store_global(to + j, static_cast<uint16_t>(chunk.v[j / 2] >> (16 * (j % 2))));
-  }
+  });
 }
 
 }  // namespace turbo::cuda

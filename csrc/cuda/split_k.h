@@ -84,19 +84,17 @@ class SliceSums {
   }
 
   TM_DEVICE void sum_in_order(Sums& total) const {
-    TM_UNROLL
-    for (int s = 0; s < Tile::kSlabs; ++s)
+    TM_NO_UNROLL
+    for (int slot = 0; slot < slices_.count; ++slot) {
       TM_UNROLL
-      for (int c = 0; c < Tile::kColumns; ++c) {
-        Float4 sum = load_global_volatile(place(0, s * Tile::kColumns + c));
-        for (int slot = 1; slot < slices_.count; ++slot) {
+      for (int s = 0; s < Tile::kSlabs; ++s)
+        TM_UNROLL
+        for (int c = 0; c < Tile::kColumns; ++c) {
           const Float4 next = load_global_volatile(place(slot, s * Tile::kColumns + c));
           TM_UNROLL
-          for (int i = 0; i < 4; ++i) sum.v[i] = add(sum.v[i], next.v[i]);
+          for (int i = 0; i < 4; ++i) total[s][c][i] = slot ? add(total[s][c][i], next.v[i]) : next.v[i];
         }
-        TM_UNROLL
-        for (int i = 0; i < 4; ++i) total[s][c][i] = sum.v[i];
-      }
+    }
   }
 
   const Slices& slices_;

@@ -36,6 +36,24 @@ struct Place {
   TM_DEVICE int first_row() const { return warp_m * Tile::kColumns * 8; }
 };
 
+/// Calls each(i, j) for a thread's share of the numbers 0 .. Count - 1: i = thread + j * Threads, j known while
+/// compiling.
+template <int Count, int Threads, class Each>
+TM_DEVICE void share(int thread, const Each& each) {
+  TM_UNROLL
+  for (int j = 0; j < (Count + Threads - 1) / Threads; ++j) {
+    const int i = thread + j * Threads;
+    if (Count % Threads == 0 || i < Count) each(i, j);
+  }
+}
+
+/// A number that counts from 0 to Count - 1 and begins again.
+template <int Count>
+struct Turn {
+  int at = 0;
+  TM_DEVICE void advance() { at = at == Count - 1 ? 0 : at + 1; }
+};
+
 /// A thread's accumulators: [slab][column][register of D].
 template <class Tile, class T>
 using Accumulators = T[Tile::kSlabs][Tile::kColumns][4];

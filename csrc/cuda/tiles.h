@@ -16,6 +16,22 @@ namespace turbo::cuda {
   X(128, 64, 4, 1, 4, 2)    \
   X(128, 128, 4, 2, 4, 1)
 
+/// The shape that takes a shape's place for groups of 32, whose totals and sums are all alive at once: where a warp has
+/// eight columns it gets four, or registers would not suffice. Of 128 rows there are then half as many channels, as a
+/// block of 16 warps has no more registers for a thread either.
+template <class Tile>
+struct SmallGroupTile {
+  using Shape = Tile;
+};
+template <int Channels, int Stages, int MinBlocks>
+struct SmallGroupTile<TileShape<Channels, 64, 4, 1, Stages, MinBlocks>> {
+  using Shape = TileShape<Channels, 64, 4, 2, Stages, 1>;
+};
+template <int Channels, int Stages, int MinBlocks>
+struct SmallGroupTile<TileShape<Channels, 128, 4, 2, Stages, MinBlocks>> {
+  using Shape = TileShape<Channels / 2, 128, 2, 4, Stages, 1>;
+};
+
 #define TM_COUNT_TILE(...) +1
 inline constexpr int kTileCount = 0 TM_TILES(TM_COUNT_TILE);
 #undef TM_COUNT_TILE

@@ -67,64 +67,88 @@ struct W4A16 {
 
   /// What a thread keeps of a group: scales and zero points of its channels g and g + 8 of each slab.
   struct Group {
-    float scale[Tile::kSlabs][2];
+    uint32_t scale[Tile::kSlabs];  // channel g in the low half
     ZeroPoints zero[Tile::kSlabs];
+  };
+
+  /// Where a slab stands in its group.
+  class GroupTurn {
+   public:
+    TM_DEVICE GroupTurn(const Params& p, int slab)
+        : slabs_(p.group_slabs), row_(slab / p.group_slabs), at_(slab % p.group_slabs) {}
+    TM_DEVICE bool begins() const { return at_ == 0; }
+    TM_DEVICE bool ends() const { return at_ == slabs_ - 1; }
+    /// The first row of scales of the slab.
+    TM_DEVICE int row() const { return row_ * kSlabGroups; }
+    TM_DEVICE void advance() {
+      const bool end = ends();
+      row_ += end;
+      at_ = end ? 0 : at_ + 1;
+    }
+
+   private:
+    int slabs_, row_, at_;
   };
 
   TM_DEVICE static uint32_t stage(int number) {
     return shared_base() + static_cast<uint32_t>(number * kStageBytes);
   }
 
-  /// Starts to bring one slab to a stage.
-  TM_DEVICE static void load(const Params& p, int tile_n, int first_row, int slab, bool scales, uint32_t to,
-                             int thread) {
-    constexpr int kBlockChunks = kBlockSlabs * kSlabBytes / kChunkBytes;
-    const int first_block = tile_n * kTileBlocks;
-    TM_UNROLL
-    for (int i = thread; i < kTileBlocks * kBlockChunks; i += kThreads) {
-      const int block = first_block + i / kBlockChunks;
-      const bool inside = block < p.blocks;
-      const Vec4* from = p.weight + (static_cast<int64_t>(block) * p.slabs + slab) * kBlockChunks + i % kBlockChunks;
-      cp_async_16_once(to + static_cast<uint32_t>(i * kChunkBytes), inside ? from : p.weight,
-                       inside ? kChunkBytes : 0);
-    }
-    load_activations<Tile>(p.x, first_row, slab, to + kX, thread);
-    if (!scales) return;
-    const int row = SmallGroups ? 2 * slab : slab / p.group_slabs;
-    load_rows<kBlockScaleBytes>(p, p.scale, first_block, row, to + kScales, thread);
-    if (p.zero) load_rows<kBlockZeroBytes>(p, p.zero, first_block, row, to + kZeros, thread);
-  }
+  /// A thread's part in bringing slabs to stages.
+  class Loader {
+   public:
+    TM_DEVICE Loader(const Params& p, int tile_n, int first_row, int thread)
+        : p_(p), x_(p.x, first_row, thread), first_block_(tile_n * kTileBlocks), thread_(thread) {}
 
-  /// Rows of scales or zero points, kSlabGroups of them: [block of the tile][group], RowBytes each.
-  template <int RowBytes>
-  TM_DEVICE static void load_rows(const Params& p, const Vec4* from, int first_block, int row, uint32_t to,
-                                  int thread) {
-    constexpr int kRowVectors = RowBytes / kChunkBytes, kVectors = kRowVectors * kSlabGroups;
-    for (int i = thread; i < kTileBlocks * kVectors; i += kThreads) {
-      const int block = first_block + i / kVectors;
-      const bool inside = block < p.blocks;
-      const int64_t at = (static_cast<int64_t>(block) * p.scale_rows + row) * kRowVectors + i % kVectors;
-      cp_async_16(to + static_cast<uint32_t>(i * kChunkBytes), inside ? from + at : from, inside ? kChunkBytes : 0);
+    /// Starts to bring slab `slab`, and the scales and zero points of rows `row` on if asked to, to the stage at `to`.
+    TM_DEVICE void load(int slab, bool scales, int row, uint32_t to) const {
+      share<kTileBlocks * kBlockChunks, kThreads>(thread_, [&](int i, int) {
+        const int block = first_block_ + i / kBlockChunks;
+        const bool inside = block < p_.blocks;
+        const int64_t at = (static_cast<int64_t>(block) * p_.slabs + slab) * kBlockChunks + i % kBlockChunks;
+        cp_async_16_once(to + static_cast<uint32_t>(i * kChunkBytes), inside ? p_.weight + at : p_.weight,
+                         inside ? kChunkBytes : 0);
+      });
+      x_.load(slab, to + kX);
+      if (!scales) return;
+      load_rows<kBlockScaleBytes>(p_.scale, row, to + kScales);
+      if (p_.zero) load_rows<kBlockZeroBytes>(p_.zero, row, to + kZeros);
     }
-  }
+
+   private:
+    static constexpr int kBlockChunks = kBlockSlabs * kSlabBytes / kChunkBytes;
+
+    /// kSlabGroups rows of scales or zero points, RowBytes each: [block of the tile][group].
+    template <int RowBytes>
+    TM_DEVICE void load_rows(const Vec4* from, int row, uint32_t to) const {
+      constexpr int kRowVectors = RowBytes / kChunkBytes, kVectors = kRowVectors * kSlabGroups;
+      share<kTileBlocks * kVectors, kThreads>(thread_, [&](int i, int) {
+        const int block = first_block_ + i / kVectors;
+        const bool inside = block < p_.blocks;
+        const int64_t at = (static_cast<int64_t>(block) * p_.scale_rows + row) * kRowVectors + i % kVectors;
+        cp_async_16(to + static_cast<uint32_t>(i * kChunkBytes), inside ? from + at : from, inside ? kChunkBytes : 0);
+      });
+    }
+
+    const Params& p_;
+    ActivationLoader<Tile> x_;
+    int first_block_, thread_;
+  };
 
   /// The scales and zero points of group `group` of the slab in a stage.
   TM_DEVICE static Group read_group(const Params& p, uint32_t from, int group, const Place<Tile>& place) {
     const int block = place.first_slab() / kBlockSlabs, slab = place.first_slab() % kBlockSlabs;
     const int row = block * kSlabGroups + group;
-    uint32_t scales[Tile::kSlabs];
+    Group out;
     const uint32_t at = from + static_cast<uint32_t>(kScales + row * kBlockScaleBytes + place.g * 16 + slab * 4);
-    read_words(at, scales);
+    read_words(at, out.scale);
     const uint32_t zeros =
         p.zero ? load_shared_32(from + static_cast<uint32_t>(kZeros + row * kBlockZeroBytes + place.g * 4))
                : kNoZeroPoints;
-    Group out;
     TM_UNROLL
     for (int s = 0; s < Tile::kSlabs; ++s) {
       const uint32_t pair = zeros >> (8 * (slab + s));
       out.zero[s] = zero_points(Type{}, pair & 15, pair >> 4 & 15);
-      out.scale[s][0] = to_float(Type{}, static_cast<uint16_t>(scales[s]));
-      out.scale[s][1] = to_float(Type{}, static_cast<uint16_t>(scales[s] >> 16));
     }
     return out;
   }
@@ -144,14 +168,17 @@ struct W4A16 {
   /// Adds a group's sums, scaled, to the slice's, and begins the next group.
   TM_DEVICE static void end_group(const Group& group, Sums& sums, Sums& total) {
     TM_UNROLL
-    for (int s = 0; s < Tile::kSlabs; ++s)
+    for (int s = 0; s < Tile::kSlabs; ++s) {
+      const float scale[2] = {to_float(Type{}, static_cast<uint16_t>(group.scale[s])),
+                              to_float(Type{}, static_cast<uint16_t>(group.scale[s] >> 16))};
       TM_UNROLL
       for (int c = 0; c < Tile::kColumns; ++c)
         TM_UNROLL
         for (int i = 0; i < 4; ++i) {
-          total[s][c][i] = multiply_add(sums[s][c][i], group.scale[s][i / 2], total[s][c][i]);
+          total[s][c][i] = multiply_add(sums[s][c][i], scale[i / 2], total[s][c][i]);
           sums[s][c][i] = 0;
         }
+    }
   }
 
   /// The products of one slab.
@@ -166,14 +193,17 @@ struct W4A16 {
     TM_UNROLL
     for (int step = 0; step < kSteps; ++step) {
       if (SmallGroups && step % kGroupSteps == 0) group = read_group(p, from, step / kGroupSteps, place);
-      Columns<Tile> b;
-      columns.read(from + kX, step, b);
+      uint32_t a[Tile::kSlabs][4];
       TM_UNROLL
-      for (int s = 0; s < Tile::kSlabs; ++s) {
-        uint32_t a[4];
-        dequantize(Type{}, codes[s].v[step], group.zero[s], a);
+      for (int s = 0; s < Tile::kSlabs; ++s) dequantize(Type{}, codes[s].v[step], group.zero[s], a[s]);
+      TM_UNROLL
+      for (int c = 0; c < Tile::kColumns; c += columns.kAtOnce) {
+        uint32_t b[columns.kAtOnce][2];
+        columns.read(from + kX, step, c, b);
         TM_UNROLL
-        for (int c = 0; c < Tile::kColumns; ++c) mma_m16n8k16(Type{}, sums[s][c], a, b[c]);
+        for (int s = 0; s < Tile::kSlabs; ++s)
+          TM_UNROLL
+          for (int i = 0; i < columns.kAtOnce; ++i) mma_m16n8k16(Type{}, sums[s][c + i], a[s], b[i]);
       }
       if (SmallGroups && step % kGroupSteps == kGroupSteps - 1) end_group(group, sums, total);
     }
@@ -189,35 +219,43 @@ struct W4A16 {
     const int first = slice * p.slices.slabs;
     const int last = p.slices.apart && first + p.slices.slabs < p.slabs ? first + p.slices.slabs : p.slabs;
 
-    const auto load_slab = [&](int slab) {
-      const bool scales = SmallGroups || slab == first || slab % p.group_slabs == 0;
-      if (slab < last) load(p, tile_n, first_row, slab, scales, stage((slab - first) % Tile::kStages), place.thread);
+    const Loader loader(p, tile_n, first_row, place.thread);
+    Turn<Tile::kStages> filled, read;
+    GroupTurn ahead(p, first);  // of the slab that is loaded next
+    const auto load_next = [&](int slab) {
+      if (slab < last) loader.load(slab, ahead.begins() || slab == first, ahead.row(), stage(filled.at));
       cp_async_commit();
+      filled.advance();
+      ahead.advance();
     };
-    for (int i = 0; i < Tile::kStages - 1; ++i) load_slab(first + i);
+    for (int i = 0; i < Tile::kStages - 1; ++i) load_next(first + i);
 
-    Sums sums = {}, total = {};
     Group group = {};
+    GroupTurn turn(p, first);
+    Sums total;
     bool whole = false;
-    int slice_end = first + p.slices.slabs;
-    for (int slab = first; slab < last; ++slab) {
-      cp_async_wait<Tile::kStages - 2>();
-      sync_threads();
-      load_slab(slab + Tile::kStages - 1);
-      const uint32_t from = stage((slab - first) % Tile::kStages);
-      if (!SmallGroups && (slab == first || slab % p.group_slabs == 0)) group = read_group(p, from, 0, place);
-      multiply(p, from, place, group, sums, total);
-      const bool slice_ends = slab + 1 == slice_end || slab + 1 == last;
-      if (!SmallGroups && (slice_ends || (slab + 1) % p.group_slabs == 0)) end_group(group, sums, total);
-      if (!slice_ends) continue;
-      if (slab + 1 == last) {
+    for (int begin = first; begin < last; begin += p.slices.slabs, ++slice) {
+      Sums sums;
+      clear(sums);
+      clear(total);
+      const int end = begin + p.slices.slabs < last ? begin + p.slices.slabs : last;
+      for (int slab = begin; slab < end; ++slab) {
+        cp_async_wait<Tile::kStages - 2>();
+        sync_threads();
+        load_next(slab + Tile::kStages - 1);
+        const uint32_t from = stage(read.at);
+        if (!SmallGroups && (turn.begins() || slab == first)) group = read_group(p, from, 0, place);
+        multiply(p, from, place, group, sums, total);
+        if (!SmallGroups && turn.ends() && slab + 1 < end) end_group(group, sums, total);
+        read.advance();
+        turn.advance();
+      }
+      if (!SmallGroups) end_group(group, sums, total);
+      if (end == last) {
         cp_async_wait<0>();
         sync_threads();  // shared memory is free for other uses
       }
       whole = slices.end_slice(slice, total, shared_base());
-      ++slice;
-      slice_end += p.slices.slabs;
-      if (slab + 1 < last) clear(total);
     }
     if (!whole) return;
     sync_threads();

@@ -32,21 +32,25 @@ inline W4A16Params w4a16_params(const Linear& a, const LinearPlan& plan) {
   return p;
 }
 
-template <class Type, class Tile>
+template <class Type, class Tile, bool SmallGroups>
 Error launch_w4a16_tile(const Linear& args, const LinearPlan& plan, Stream stream) {
   const auto tiles = [](int64_t size, int64_t tile) { return static_cast<unsigned>((size + tile - 1) / tile); };
   const unsigned parts = plan.apart ? static_cast<unsigned>(plan.slices.count) : 1;
   const Grid grid{tiles(args.layout.padded_n(), Tile::kChannels) * parts, tiles(args.rows, Tile::kRows)};
-  const W4A16Params params = w4a16_params(args, plan);
-  if (args.layout.small_groups()) return launch<W4A16<Type, Tile, true>>(grid, params, stream);
-  return launch<W4A16<Type, Tile, false>>(grid, params, stream);
+  return launch<W4A16<Type, Tile, SmallGroups>>(grid, w4a16_params(args, plan), stream);
+}
+
+template <class Type, class Tile>
+Error launch_w4a16_groups(const Linear& args, const LinearPlan& plan, Stream stream) {
+  if (!args.layout.small_groups()) return launch_w4a16_tile<Type, Tile, false>(args, plan, stream);
+  return launch_w4a16_tile<Type, typename SmallGroupTile<Tile>::Shape, true>(args, plan, stream);
 }
 
 template <class Type>
 Error launch_w4a16(const Linear& args, const LinearPlan& plan, Stream stream) {
   int tile = 0;
 #define TM_LAUNCH(...) \
-  if (tile++ == plan.tile) return launch_w4a16_tile<Type, TileShape<__VA_ARGS__>>(args, plan, stream);
+  if (tile++ == plan.tile) return launch_w4a16_groups<Type, TileShape<__VA_ARGS__>>(args, plan, stream);
   TM_TILES(TM_LAUNCH)
 #undef TM_LAUNCH
   return "w4a16_linear: tile " + std::to_string(plan.tile) + ": expected 0 to " + std::to_string(tile - 1);

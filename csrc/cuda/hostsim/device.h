@@ -12,6 +12,7 @@
 
 #define TM_DEVICE inline
 #define TM_UNROLL
+#define TM_NO_UNROLL
 
 namespace turbo::cuda {
 
