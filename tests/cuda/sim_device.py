@@ -124,8 +124,10 @@ class Device:
         """Rows of x that a tile covers."""
         return self._library.tm_cuda_tile_rows(tile)
 
-    def pack(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, k: int, bits: int) -> Packed:
-        """A checkpoint's tensors, as the packing op of the CPU takes them, in the device's layout."""
+    def pack(
+        self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, k: int, bits: int
+    ) -> Packed:
+        """A checkpoint's tensors, as the CPU's packing op takes them, in the device's layout."""
         layout = Layout(codes.shape[0], k, scale.shape[1])
         sizes = [ctypes.c_int64() for _ in range(3)]
         self._call("tm_cuda_pack_sizes", ctypes.byref(layout), *map(ctypes.byref, sizes))
