@@ -20,7 +20,7 @@ from linear_cases import (
 from sim_device import DESCENDING, SHUFFLED, Device, Layout, Packed, Plan, SimulatorError
 from torch import Tensor
 
-from vllm_plugin_tm.kernels import reference
+from vllm_plugin_tm.kernels import ops, reference
 
 TILES = 5
 DTYPES = (torch.float16, torch.bfloat16)
@@ -228,6 +228,17 @@ def test_codes_of_bytes(sim: Device) -> None:
     twin = sim.pack(codes, layer.scale, None, 128, 4)
     assert torch.equal(twin.weight, packed.weight)
     assert torch.equal(twin.scale, packed.scale)
+
+
+@pytest.mark.parametrize(("group", "k"), GROUPS)
+@pytest.mark.parametrize("n", [1, 64, 200])
+def test_the_fake_knows_the_layout(sim: Device, n: int, group: int, k: int) -> None:
+    """Shapes that torch.compile is told, against what the packer writes."""
+    layer = make_layer("w4a16", n, k, group, torch.float16, asymmetric=True)
+    packed = _pack(sim, layer)
+    shapes = ops.cuda_pack_shapes(n, k, layer.scale.shape[1])
+    written = (packed.weight, packed.scale, packed.zero)
+    assert [a * b for a, b in shapes] == [t.numel() for t in written if t is not None]
 
 
 def test_no_rows(sim: Device) -> None:
