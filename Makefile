@@ -25,7 +25,7 @@ TOOL := "$(PYTHON)" -m tools
 SOURCES := vllm_plugin_tm tools tests benchmarks examples csrc
 
 .PHONY: help setup setup-test demo demo-online serve test test-fast lint wheel upstream-test compat bench \
-	readme clean
+	cuda readme clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -68,6 +68,9 @@ compat: setup-test ## every patched symbol against the sources of several vLLM v
 bench: ## kernels against upstream's and against the machine's limits (ARGS="--quick --json f.json")
 	@exec $(TOOL).setup_env --for demo --for bench
 	@exec .venv/bin/vllm-tm bench $(ARGS)
+
+cuda: ## build the CUDA kernels for all supported GPUs (needs nvcc; neither a GPU nor torch)
+	@exec $(TOOL).build_cuda $(ARGS)
 
 readme: setup-test ## write the generated tables of README.md anew
 	@exec $(PY) -m tools.readme_tables

@@ -13,7 +13,7 @@ import pytest
 from vllm_plugin_tm.kernels import ops
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = {".py", ".cpp", ".h", ".sh"}
+CODE = {".py", ".cpp", ".cu", ".h", ".sh"}
 TEXT = CODE | {".md", ".toml", ".txt", ".json", ".yaml", ".yml", ""}
 FOLDERS = ("vllm_plugin_tm", "csrc", "tests", "tools", "benchmarks", "examples", "docs", ".ci")
 
@@ -43,7 +43,7 @@ def test_only_envs_reads_the_environment() -> None:
 
 def test_kernel_sources_know_no_torch() -> None:
     include = r"#\s*include\s*[<\"](torch|ATen|c10|Python)"
-    assert _offences(include, _files(CODE, "csrc/cpu")) == []
+    assert _offences(include, _files(CODE, "csrc/cpu", "csrc/cuda")) == []
 
 
 def test_kernels_name_no_disk_format() -> None:

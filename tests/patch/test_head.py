@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import tiny_llama
 import torch
+from packed_llama import awq, awq_tensors, converted, gptq, gptq_tensors
 from safetensors.torch import load_file, save_file
-from test_gptq_awq import AWQ, GPTQ, awq_tensors, converted, gptq_tensors
 
 from vllm_plugin_tm.kernels import ops
 
@@ -61,11 +61,11 @@ def make(folder, architecture="llama", tied=False, seed=0, **changes):
 
 def awq(folder):
     state = tiny_llama.tensors(symmetric=False)
-    tiny_llama.save(folder, converted(state, awq_tensors), quantization=AWQ)
+    tiny_llama.save(folder, converted(state, awq_tensors), quantization=awq(32))
 
 
 def gptq(folder):
-    tiny_llama.save(folder, converted(tiny_llama.tensors(), gptq_tensors), quantization=GPTQ)
+    tiny_llama.save(folder, converted(tiny_llama.tensors(), gptq_tensors), quantization=gptq(4, 32))
 
 
 def scheme(options, **how):

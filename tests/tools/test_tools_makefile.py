@@ -25,7 +25,7 @@ TARGETS = (
         "compat",
         "bench",
     ),
-    *("clean", "help"),
+    *("cuda", "clean", "help"),
 )
 
 

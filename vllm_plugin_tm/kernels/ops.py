@@ -10,22 +10,26 @@ if TYPE_CHECKING:
 
 NAMESPACE = "vllm_plugin_tm"
 EXTENSION = "_C.abi3.so"
+CUDA_EXTENSION = "_cuda.abi3.so"  # the same ops for tensors on a GPU; only where it was built
 
 # Geometry of the kernel layout, as csrc/cpu/layout.h has it.
 TILE_N = 16
 DWORD_BITS = 32
+# The same of a GPU's, as csrc/cuda/layout.h has it.
+CUDA_TILE = 64
+CUDA_SMALL_GROUP = 32
 
 
 class ExtensionMissingError(RuntimeError):
     """The compiled extension is not there or cannot be loaded; says why, and the cure."""
 
 
-def extension_path() -> Path | None:
+def extension_path(name: str = EXTENSION) -> Path | None:
     """Where the extension lies, or None. An editable install keeps it apart from the sources."""
     import vllm_plugin_tm
 
     for directory in vllm_plugin_tm.__path__:
-        path = Path(directory) / EXTENSION
+        path = Path(directory) / name
         if path.is_file():
             return path
     return None
@@ -33,11 +37,11 @@ def extension_path() -> Path | None:
 
 @functools.cache
 def load() -> None:
-    """Loads the extension into torch and registers the fakes; idempotent.
+    """Loads the extension into torch, and that for GPUs where it was built, and registers the
+    fakes; idempotent.
 
     Raises ExtensionMissingError with the reason.
     """
-    import torch
 
     path = extension_path()
     if path is None:
@@ -45,14 +49,23 @@ def load() -> None:
             f"vllm-plugin-tm: the compiled extension {EXTENSION} is missing from the installed "
             "package; build it with `pip install .` in the source tree (needs g++ 11 or newer)"
         )
+    _load_library(path, "2.11")
+    cuda = extension_path(CUDA_EXTENSION)
+    if cuda is not None:
+        _load_library(cuda, "2.13")
+    _register_fakes()
+
+
+def _load_library(path: Path, oldest_torch: str) -> None:
+    import torch
+
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise ExtensionMissingError(
             f"vllm-plugin-tm: {path} cannot be loaded with torch {torch.__version__}: {error}; "
-            "it needs torch 2.11 or newer"
+            f"it needs torch {oldest_torch} or newer"
         ) from error
-    _register_fakes()
 
 
 def is_available() -> bool:
@@ -137,13 +150,35 @@ def _register_grouped_pack(name: str, bits: int) -> None:
     def _(weight_packed, scale, zero_point, k, bits=bits, gate_up=False):  # type: ignore[no-untyped-def]
         others = {"scale": scale, "zero_point": zero_point}
         _check_devices(name, "weight_packed", weight_packed, others)
-        n, groups = _packed_rows(weight_packed.shape[0], gate_up), scale.shape[1]
+        groups = scale.shape[1]
+        if weight_packed.is_cuda:
+            return _cuda_pack_fake(weight_packed, scale, zero_point, k)
+        n = _packed_rows(weight_packed.shape[0], gate_up)
         zero = (n // per_dword, groups) if zero_point is not None else (0,)
         return (
             weight_packed.new_empty((n, (k + per_dword - 1) // per_dword), dtype=torch.int32),
             scale.new_empty((n, groups)),
             weight_packed.new_empty(zero, dtype=torch.int32),
         )
+
+
+def cuda_pack_shapes(n: int, k: int, groups: int) -> tuple[tuple[int, int], ...]:
+    """Shapes of 4-bit weights, scales and zero points [n, k] in a GPU's kernel layout."""
+    rows, columns = (-(-size // CUDA_TILE) * CUDA_TILE for size in (n, k))
+    halves = groups > 1 and k // groups == CUDA_SMALL_GROUP
+    scales = columns // CUDA_SMALL_GROUP if halves else groups
+    return (rows, columns // 8), (rows, scales), (rows // 8, scales)
+
+
+def _cuda_pack_fake(weight_packed, scale, zero_point, k):  # type: ignore[no-untyped-def]
+    import torch
+
+    weight, steps, zero = cuda_pack_shapes(weight_packed.shape[0], k, scale.shape[1])
+    return (
+        weight_packed.new_empty(weight, dtype=torch.int32),
+        scale.new_empty(steps),
+        weight_packed.new_empty(zero if zero_point is not None else (0,), dtype=torch.int32),
+    )
 
 
 def _register_grouped_linear(name: str) -> None:

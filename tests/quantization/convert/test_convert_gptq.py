@@ -101,7 +101,7 @@ def test_a_tiny_model(tmp_path, symmetric):
     how = {"calibration_python": str(PEER), "calibration_samples": 24, "calibration_length": 128}
     wanted = options(tmp_path / "text.txt", group_size=128, symmetric=symmetric, **how)
     report = convert(tmp_path / "src", tmp_path / "gptq", wanted)
-    convert(tmp_path / "src", tmp_path / "rtn", Options("w4a16", 128, symmetric))
+    convert(tmp_path / "src", tmp_path / "rtn", Options("w4a16", 128, symmetric=symmetric))
     assert report.layers == 14
     assert set(cases.tensors_of(tmp_path / "gptq")) == set(cases.tensors_of(tmp_path / "rtn"))
     assert cases.quantization_of(tmp_path / "gptq") == cases.quantization_of(tmp_path / "rtn")

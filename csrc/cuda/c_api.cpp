@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "c_api.h"
+
+#include <cstring>
+
+#include "pack.h"
+
+namespace {
+
+using namespace turbo;
+
+int report(const std::string& what, char* error, size_t error_bytes) {
+  if (what.empty()) return 0;
+  if (error_bytes) {
+    const size_t length = what.size() < error_bytes - 1 ? what.size() : error_bytes - 1;
+    std::memcpy(error, what.data(), length);
+    error[length] = 0;
+  }
+  return 1;
+}
+
+/// One task after the other, on the caller's thread.
+constexpr cpu::Parallel kAlone{[](int64_t tasks, cpu::Parallel::Body body, void* context) {
+                                 for (int64_t task = 0; task < tasks; ++task) body(task, context);
+                               },
+                               1};
+
+}  // namespace
+
+int tm_cuda_pack_sizes(const cuda::Layout* layout, int64_t* weight_dwords, int64_t* scales, int64_t* zero_dwords,
+                       char* error, size_t error_bytes) {
+  const std::string reason = layout->refusal();
+  if (!reason.empty()) return report("pack: " + reason, error, error_bytes);
+  *weight_dwords = layout->weight_dwords();
+  *scales = layout->scales();
+  *zero_dwords = layout->zero_dwords();
+  return 0;
+}
+
+int tm_cuda_pack_w4(const tm_cuda_pack* args, char* error, size_t error_bytes) {
+  const cuda::Layout& l = args->layout;
+  std::string reason = l.refusal();
+  if (reason.empty() && args->bits != 0 && (args->bits < 2 || args->bits > 4))
+    reason = std::to_string(args->bits) + " bits: expected 2 to 4, or 0 for bytes";
+  if (reason.empty() && args->bits == 0 && args->zero_point) reason = "codes of bytes have no zero points";
+  if (!reason.empty()) return report("pack: " + reason, error, error_bytes);
+  cpu::Pack pack{};
+  pack.layout = {l.n, l.k, l.groups, 4};
+  pack.code_bits = args->bits ? args->bits : 4;
+  pack.packed = args->bits ? static_cast<const uint32_t*>(args->codes) : nullptr;
+  pack.bytes = args->bits ? nullptr : static_cast<const int8_t*>(args->codes);
+  pack.codes_stride = args->bits ? (l.k * args->bits + 31) / 32 : l.k;
+  pack.scale = args->scale;
+  pack.scale_stride = l.groups;
+  pack.scale_size = 2;
+  pack.zero_point = static_cast<const uint32_t*>(args->zero_point);
+  pack.zero_point_stride = l.groups;
+  pack.weight_out = static_cast<uint32_t*>(args->weight_out);
+  pack.scale_out = args->scale_out;
+  pack.zero_out = static_cast<uint32_t*>(args->zero_out);
+  cuda::pack(pack, kAlone);
+  return 0;
+}
+
+int tm_cuda_tile_count() { return cuda::tile_count(); }
+int tm_cuda_tile_rows(int tile) { return cuda::tile_rows(tile); }
+
+void tm_cuda_plan_linear(const cuda::Layout* layout, int64_t rows, int multiprocessors, cuda::LinearPlan* plan) {
+  *plan = cuda::plan_linear(*layout, rows, multiprocessors);
+}
+int64_t tm_cuda_sums_bytes(const cuda::LinearPlan* plan, const cuda::Layout* layout, int64_t rows) {
+  return cuda::sums_bytes(*plan, *layout, rows);
+}
+int64_t tm_cuda_arrived_words(const cuda::LinearPlan* plan, const cuda::Layout* layout, int64_t rows) {
+  return cuda::arrived_words(*plan, *layout, rows);
+}
+
+int tm_cuda_w4a16_linear(const cuda::Linear* args, const cuda::LinearPlan* plan, void* stream, char* error,
+                         size_t error_bytes) {
+  return report(cuda::w4a16_linear(*args, *plan, stream), error, error_bytes);
+}

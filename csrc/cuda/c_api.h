@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+// The backend behind C functions, for callers without C++: the tests, scripts on a machine with a GPU and no torch.
+// Functions that can fail write why, a terminated string, to `error` and return 1; 0 is success. Structs are those of
+// linear.h, whose members have C's layout.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "linear.h"
+
+extern "C" {
+
+#define TM_EXPORT __attribute__((visibility("default")))
+
+/// The tensors of pack_w4 and their sizes. codes: int32 words of `bits` bits [n, ceil(k * bits / 32)], or, with bits 0,
+/// int8 [n, k]; scale [n, groups] of 2 bytes; zero_point int32 [ceil(n * bits / 32), groups] or nullptr. Host memory.
+struct tm_cuda_pack {
+  turbo::cuda::Layout layout;
+  int64_t bits;
+  const void* codes;
+  const void* scale;
+  const void* zero_point;
+  void* weight_out;
+  void* scale_out;
+  void* zero_out;
+};
+
+/// Sizes of what pack writes: dwords of weights, scales, dwords of zero points.
+TM_EXPORT int tm_cuda_pack_sizes(const turbo::cuda::Layout* layout, int64_t* weight_dwords, int64_t* scales,
+                                 int64_t* zero_dwords, char* error, size_t error_bytes);
+TM_EXPORT int tm_cuda_pack_w4(const tm_cuda_pack* args, char* error, size_t error_bytes);
+
+TM_EXPORT int tm_cuda_tile_count();
+TM_EXPORT int tm_cuda_tile_rows(int tile);
+TM_EXPORT void tm_cuda_plan_linear(const turbo::cuda::Layout* layout, int64_t rows, int multiprocessors,
+                                   turbo::cuda::LinearPlan* plan);
+TM_EXPORT int64_t tm_cuda_sums_bytes(const turbo::cuda::LinearPlan* plan, const turbo::cuda::Layout* layout,
+                                     int64_t rows);
+TM_EXPORT int64_t tm_cuda_arrived_words(const turbo::cuda::LinearPlan* plan, const turbo::cuda::Layout* layout,
+                                        int64_t rows);
+TM_EXPORT int tm_cuda_w4a16_linear(const turbo::cuda::Linear* args, const turbo::cuda::LinearPlan* plan, void* stream,
+                                   char* error, size_t error_bytes);
+
+}  // extern "C"

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+// One launch: blocks one after another, the threads of a block as fibres, warps that wait for their lanes.
+//
+// What is reported beside wrong addresses: shared memory read before it was written, or while an asynchronous copy is
+// on its way there; two threads at the same byte without a barrier between them; waits that never end; lanes that meet
+// in different instructions; global memory of another block that its writer did not fence.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "fibre.h"
+#include "memory.h"
+
+namespace turbo::hostsim {
+
+inline constexpr unsigned kWarp = 32;
+
+struct Launch {
+  std::string kernel;
+  unsigned grid[3];
+  unsigned threads;       // of a block, a multiple of 32
+  uint32_t shared_bytes;  // dynamic shared memory; there is no other
+};
+
+/// The order in which blocks, and the warps of a block, get their turns. A right kernel gives the same bits in all.
+enum class Order : int { ascending, descending, shuffled };
+void set_order(Order order, uint32_t seed);
+
+/// What a launch did, beside its results.
+struct Counts {
+  uint64_t mma = 0;
+  uint64_t ldmatrix = 0;
+  uint64_t ldmatrix_conflicts = 0;  // cycles beyond the first of the reads of eight rows at a time
+};
+
+/// Of all launches of this process; may be set to zero.
+Counts& total_counts();
+
+/// Runs body once for every thread of every block. Throws the first Fault.
+void launch(const Launch& what, const std::function<void()>& body);
+
+enum class Wait : uint8_t { runnable, warp, block, ended };
+
+/// One cp.async.
+struct AsyncCopy {
+  uint32_t to;
+  Address from;
+  uint32_t bytes, read_bytes;
+};
+
+struct Thread {
+  Fibre fibre;
+  unsigned index;
+  Wait wait;
+  const char* waiting_in;
+  std::vector<AsyncCopy> open_copies;
+  std::deque<std::vector<AsyncCopy>> copy_groups;  // oldest first
+};
+
+struct Warp {
+  const char* instruction;
+  void* operands[kWarp];
+  unsigned arrived;
+  uint32_t sync_time;
+};
+
+/// The block that runs, as its threads see it. All functions but `run` are called from inside a fibre.
+class Block {
+ public:
+  Block(const Launch& launch, const std::function<void()>& body);
+  void run(const unsigned (&index)[3], uint32_t launch_number, uint32_t block_number);
+
+  const Launch& launch() const { return launch_; }
+  unsigned index(int axis) const { return index_[axis]; }
+  unsigned thread_index() const { return current_->index; }
+
+  void sync_threads();
+  void sync_warp();
+  void fence() { ++fences_of(block_number_, current_->index); }
+
+  /// All 32 lanes bring their operands; the last one calls apply(operands), then all go on.
+  using Apply = void (*)(Block& block, void* (&operands)[kWarp]);
+  void collective(const char* instruction, void* operands, Apply apply);
+
+  void load_shared(uint32_t address, void* to, uint32_t bytes, unsigned thread, const char* instruction = "a load");
+  void store_shared(uint32_t address, const void* from, uint32_t bytes);
+  void load_global(Address address, void* to, uint32_t bytes);
+  void store_global(Address address, const void* from, uint32_t bytes);
+  uint32_t atomic_global(Address address, const std::function<uint32_t(uint32_t)>& change);
+
+  void copy_async(const AsyncCopy& copy);
+  void commit_copies();
+  void wait_copies(unsigned pending);
+
+  /// The thread of lane `lane` of the warp that runs.
+  unsigned lane_thread(unsigned lane) const { return current_->index / kWarp * kWarp + lane; }
+  [[noreturn]] void fault(const std::string& what) const { fault(what, current_->index); }
+  [[noreturn]] void fault(const std::string& what, unsigned thread) const;
+
+ private:
+  static void thread_body(void* thread);
+  void suspend(Wait wait, const char* instruction);
+  bool run_warp(unsigned warp);
+  [[noreturn]] void report_deadlock() const;
+  void reset_threads();
+  void check_shared_range(uint32_t address, uint32_t bytes, const char* what) const;
+  /// True if what `other` did at `time` is ordered before what `thread` does now.
+  bool ordered(unsigned other, uint32_t time, unsigned thread) const;
+  void check_write(uint32_t address, uint32_t bytes, const char* what);
+  void finish_copy(const AsyncCopy& copy);
+  void read_global(Address address, void* to, uint32_t bytes);
+  uint32_t& fences_of(uint32_t block, uint32_t thread) { return fences_[size_t{block} * launch_.threads + thread]; }
+  Allocation& global(Address address, uint32_t bytes, const char* what) const;
+
+  const Launch& launch_;
+  const std::function<void()>& body_;
+  unsigned index_[3] = {};
+  uint32_t launch_number_ = 0, block_number_ = 0;
+  std::vector<Thread> threads_;
+  std::vector<Warp> warps_;
+  std::vector<uint32_t> fences_;  // of every thread of the grid
+  std::vector<unsigned char> shared_;
+  std::vector<SharedByte> shadow_;
+  Thread* current_ = nullptr;
+  unsigned waiting_in_barrier_ = 0;
+  uint32_t now_ = 1, barrier_time_ = 1;
+  std::string failure_;
+};
+
+/// The block that runs in this process; a Fault outside of a launch.
+Block& block();
+
+}  // namespace turbo::hostsim

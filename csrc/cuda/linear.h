@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+// Linear layers on a device, as a host calls them. Plain structs: the same under nvcc and on the simulator.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "layout.h"
+
+namespace turbo::cuda {
+
+enum class DType : int { f16, bf16 };
+
+/// How K is cut into slices whose sums are added in order (split_k.h). It decides a result's last bits, so it follows
+/// from the weights and the device only.
+struct SlicePlan {
+  int count, slabs;
+};
+SlicePlan plan_slices(const Layout& layout, int multiprocessors);
+
+/// What a launch takes beside its operands.
+struct LinearPlan {
+  int tile;         // index into the registry of tile shapes
+  SlicePlan slices;
+  bool apart;       // a block for each slice: for few rows
+};
+/// The smallest tile that covers `rows`, else the largest; slices apart where the device has blocks to spare.
+LinearPlan plan_linear(const Layout& layout, int64_t rows, int multiprocessors);
+
+/// Tile shapes, smallest first.
+int tile_count();
+int tile_rows(int tile);
+
+/// Bytes of `sums`, and words of `arrived`, that a launch of a plan needs; either may be 0.
+int64_t sums_bytes(const LinearPlan& plan, const Layout& layout, int64_t rows);
+int64_t arrived_words(const LinearPlan& plan, const Layout& layout, int64_t rows);
+
+/// y = x @ dequantized(weight).T + bias. Device pointers; x [rows, k] and y [rows, n] with unit inner stride and
+/// x_stride and y_stride elements from row to row, at any 2-byte address; x, y, scale and bias [n] in one dtype.
+/// weight, scale, zero as layout.h says, at multiples of 16 bytes; zero and bias may be nullptr. sums: at a
+/// multiple of 16 bytes, written before it is read. arrived: 0 at the first launch; every launch leaves 0s.
+struct Linear {
+  Layout layout;
+  DType dtype;
+  int64_t rows;
+  const void* x;
+  int64_t x_stride;
+  const void* weight;
+  const void* scale;
+  const void* zero;
+  const void* bias;
+  void* y;
+  int64_t y_stride;
+  void* sums;
+  void* arrived;
+};
+
+/// Starts the W4A16 kernel on `stream` (a cudaStream_t). Does not wait, allocates nothing, and can be captured into a
+/// graph. Empty, or why it did not start.
+std::string w4a16_linear(const Linear& args, const LinearPlan& plan, void* stream);
+
+}  // namespace turbo::cuda

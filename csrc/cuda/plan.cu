@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a launch looks like, from sizes alone.
+#include <algorithm>
+
+#include "linear.h"
+#include "tiles.h"
+
+namespace turbo::cuda {
+namespace {
+
+// Slices shorter than this would spend their time on filling and draining the ring of stages.
+constexpr int64_t kLeastSliceSlabs = 8;
+constexpr int64_t kMostSlices = 16;
+// Blocks of the smallest tiles that keep a multiprocessor busy: four warps each.
+constexpr int64_t kBlocksPerMultiprocessor = 2;
+
+struct Shape {
+  int channels, rows, threads, vectors;
+};
+template <class Tile>
+constexpr Shape shape() {
+  return {Tile::kChannels, Tile::kRows, Tile::kThreads, Tile::kSlabs * Tile::kColumns};
+}
+#define TM_SHAPE(...) shape<TileShape<__VA_ARGS__>>(),
+#define TM_SMALL_GROUP_SHAPE(...) shape<SmallGroupTile<TileShape<__VA_ARGS__>>::Shape>(),
+constexpr Shape kShapes[2][kTileCount] = {{TM_TILES(TM_SHAPE)}, {TM_TILES(TM_SMALL_GROUP_SHAPE)}};
+#undef TM_SHAPE
+#undef TM_SMALL_GROUP_SHAPE
+
+const Shape& shape_of(int tile, const Layout& layout) { return kShapes[layout.small_groups()][tile]; }
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t tiles_of(const Shape& shape, const Layout& layout, int64_t rows) {
+  return ceil_div(layout.padded_n(), shape.channels) * ceil_div(rows, shape.rows);
+}
+
+}  // namespace
+
+SlicePlan plan_slices(const Layout& layout, int multiprocessors) {
+  const int64_t slabs = layout.slabs(), tiles = ceil_div(layout.padded_n(), kShapes[0][0].channels);
+  int64_t count = std::max<int64_t>(multiprocessors * kBlocksPerMultiprocessor / tiles, 1);
+  count = std::min({count, std::max<int64_t>(slabs / kLeastSliceSlabs, 1), kMostSlices});
+  const int64_t length = ceil_div(slabs, count);
+  // Whole slices may be fewer: none is empty.
+  return {static_cast<int>(ceil_div(slabs, length)), static_cast<int>(length)};
+}
+
+LinearPlan plan_linear(const Layout& layout, int64_t rows, int multiprocessors) {
+  LinearPlan plan{0, plan_slices(layout, multiprocessors), false};
+  while (plan.tile < kTileCount - 1 && kShapes[0][plan.tile].rows < rows) ++plan.tile;
+  plan.apart = plan.slices.count > 1 && tiles_of(shape_of(plan.tile, layout), layout, rows) < multiprocessors;
+  return plan;
+}
+
+int tile_count() { return kTileCount; }
+int tile_rows(int tile) { return kShapes[0][tile].rows; }
+
+int64_t sums_bytes(const LinearPlan& plan, const Layout& layout, int64_t rows) {
+  if (plan.slices.count == 1) return 0;
+  const Shape& shape = shape_of(plan.tile, layout);
+  return tiles_of(shape, layout, rows) * (plan.apart ? plan.slices.count : 1) * shape.vectors * shape.threads * 16;
+}
+
+int64_t arrived_words(const LinearPlan& plan, const Layout& layout, int64_t rows) {
+  return plan.apart ? tiles_of(shape_of(plan.tile, layout), layout, rows) : 0;
+}
+
+}  // namespace turbo::cuda
