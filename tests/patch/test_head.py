@@ -5,10 +5,10 @@ tied heads, loading again, and what is refused."""
 import json
 from types import SimpleNamespace
 
+import packed_llama
 import pytest
 import tiny_llama
 import torch
-from packed_llama import awq, awq_tensors, converted, gptq, gptq_tensors
 from safetensors.torch import load_file, save_file
 
 from vllm_plugin_tm.kernels import ops
@@ -60,12 +60,13 @@ def make(folder, architecture="llama", tied=False, seed=0, **changes):
 
 
 def awq(folder):
-    state = tiny_llama.tensors(symmetric=False)
-    tiny_llama.save(folder, converted(state, awq_tensors), quantization=awq(32))
+    state = packed_llama.converted(tiny_llama.tensors(symmetric=False), packed_llama.awq_tensors)
+    tiny_llama.save(folder, state, quantization=packed_llama.awq(32))
 
 
 def gptq(folder):
-    tiny_llama.save(folder, converted(tiny_llama.tensors(), gptq_tensors), quantization=gptq(4, 32))
+    state = packed_llama.converted(tiny_llama.tensors(), packed_llama.gptq_tensors)
+    tiny_llama.save(folder, state, quantization=packed_llama.gptq(4, 32))
 
 
 def scheme(options, **how):
