@@ -15,8 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from tools import layout
 from tools.console import ToolError, run_main, say, step
 
@@ -106,6 +104,8 @@ def is_made(target: Path, recipe: dict | None = None) -> bool:
 def make_once(target: Path, recipe: dict, write: Callable[[Path], object]) -> Path:
     """`target`, made by `write` unless this recipe made it before; of several processes that ask at
     once one writes, the others wait. It appears when everything is in it."""
+    from filelock import FileLock  # the demo reads this file before it makes an environment
+
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f"{target.name}.lock")):
         if is_made(target, recipe):
