@@ -133,3 +133,14 @@ def wait_for(path, seconds=30.0):
     while not path.exists():
         assert time.monotonic() < deadline, f"{path.name} never came"
         time.sleep(0.05)
+
+
+def test_what_make_starts_needs_the_standard_library_alone(repository):
+    """Before set-up there is no environment: the system's Python runs these."""
+    names = sorted(set(re.findall(r"\$\(TOOL\)\.(\w+)", (repository / "Makefile").read_text())))
+    assert {"demo", "serve", "setup_env"} <= set(names)
+    lines = "\n".join(f"import tools.{name}" for name in names)
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", lines], cwd=repository, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
