@@ -24,8 +24,12 @@ class ExtensionMissingError(RuntimeError):
     """The compiled extension is not there or cannot be loaded; says why, and the cure."""
 
 
-def extension_path(name: str = EXTENSION) -> Path | None:
+def extension_path() -> Path | None:
     """Where the extension lies, or None. An editable install keeps it apart from the sources."""
+    return _find(EXTENSION)
+
+
+def _find(name: str) -> Path | None:
     import vllm_plugin_tm
 
     for directory in vllm_plugin_tm.__path__:
@@ -50,7 +54,7 @@ def load() -> None:
             "package; build it with `pip install .` in the source tree (needs g++ 11 or newer)"
         )
     _load_library(path, "2.11")
-    cuda = extension_path(CUDA_EXTENSION)
+    cuda = _find(CUDA_EXTENSION)
     if cuda is not None:
         _load_library(cuda, "2.13")
     _register_fakes()
