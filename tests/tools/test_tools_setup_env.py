@@ -56,7 +56,7 @@ def world(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
     monkeypatch.setattr(layout, "BUILD", tmp_path / "build")
     monkeypatch.setattr(layout, "LOGS", tmp_path / "build" / "logs")
-    monkeypatch.setattr(layout, "TORCHVISION_FOLDER", tmp_path / "build" / "torchvision")
+    monkeypatch.setattr(layout, "TORCHVISION_FOLDER", tmp_path / "build" / "site-torchvision")
     for function in (venv_state.load, venv_state.State.save, venv_state.runs):
         monkeypatch.setattr(function, "__defaults__", (tmp_path / ".venv",))
     paths = (venv_state.python_of, venv_state.site_packages)
@@ -217,6 +217,11 @@ def test_the_tests_torchvision_lies_beside_the_environment(world):
     world.commands.clear()
     setup_env.ensure(["demo", "bench"])
     assert not world.did(layout.TORCHVISION), "a user's set-up does without"
+
+
+def test_no_folder_of_ours_is_taken_for_the_package():
+    """Servers are started in build/, and Python looks for modules in the folder it starts in."""
+    assert layout.TORCHVISION_FOLDER.name != "torchvision"
 
 
 def test_the_users_pip_configuration_comes_first(world, monkeypatch):
