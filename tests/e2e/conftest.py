@@ -24,7 +24,7 @@ from tools.server import Server, server_environment
 from vllm_plugin_tm.kernels import ops
 
 E2E = layout.BUILD / "e2e"
-TIMEOUT_SECONDS = 400
+TIMEOUT_SECONDS = 800  # two workers of one model beside another engine on two cores
 
 
 @pytest.fixture(scope="session", autouse=True)
