@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures of the end-to-end tests: checkpoints under build/, child processes, two live servers."""
 
+import contextlib
+import fcntl
 import importlib.util
 import json
 import os
@@ -24,7 +26,7 @@ from tools.server import Server, server_environment
 from vllm_plugin_tm.kernels import ops
 
 E2E = layout.BUILD / "e2e"
-TIMEOUT_SECONDS = 800  # two workers of one model beside another engine on two cores
+TIMEOUT_SECONDS = 400
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -62,6 +64,17 @@ def smollm2_w4a16(_extension: None) -> Path:
         group_size=32,
         symmetric=True,
     )
+
+
+@contextlib.contextmanager
+def room_for(settings: Mapping[str, str]) -> Iterator[None]:
+    """Waits until an engine with these settings may run. Tests run side by side; an engine whose
+    workers have a core each would take the cores of another one, and each would wait for both."""
+    alone = "|" in settings.get("VLLM_CPU_OMP_THREADS_BIND", "")
+    E2E.mkdir(parents=True, exist_ok=True)
+    with (E2E / "cores.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
 
 
 @dataclass(frozen=True)
@@ -132,7 +145,8 @@ def run_engines(_extension: None) -> Callable[..., list[dict[str, Any]]]:
         command = [sys.executable, Path(__file__).with_name("engine_job.py"), spec, result]
         # One process for engine and model: parameters can be looked at.
         fixed = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-        ended = Child(name, command, {"VLLM_PLUGIN_TM": "1", **fixed, **settings}).wait()
+        with room_for(settings):
+            ended = Child(name, command, {"VLLM_PLUGIN_TM": "1", **fixed, **settings}).wait()
         assert ended.status == 0, ended.output[-6000:]
         return torch.load(result, weights_only=False)
 
