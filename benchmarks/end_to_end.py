@@ -15,9 +15,11 @@ import json
 import shlex
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import llama_1b
 import llamacpp_peer
@@ -42,12 +44,21 @@ LLAMACPP = "llama.cpp Q4_0"
 @dataclass(frozen=True)
 class _Kind:
     """An engine under its name in reports. vLLM's have a checkpoint's `scheme`, None for bf16, run
-    with the plugin or without, and log `chosen` once their layers have a kernel."""
+    with the plugin or without, and log `chosen` once their layers have a kernel. `arguments` are
+    more of vllm.LLM's; `beside` is an engine with the plugin that this one is compared with too."""
 
     title: str
     scheme: str | None = None
     plugin: bool = False
     chosen: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    beside: str = ""
+
+
+def _online(**options: Any) -> dict[str, Any]:
+    """Arguments for quantizing the bf16 model while it is loaded, in the groups of the others."""
+    options = {"group_size": llama_1b.GROUP_SIZE, **options}
+    return {"quantization": "tm_w4a16", "additional_config": {"tm_online": options}}
 
 
 _ENGINES = {
@@ -58,12 +69,24 @@ _ENGINES = {
     "plugin-w4a8": _Kind("plugin W4A8", "w4a8", True, "Using TMW4A8IntLinearKernel"),
     "bf16": _Kind("upstream bf16"),
     "llamacpp": _Kind(LLAMACPP),
+    "plugin-online": _Kind("plugin tm_w4a16", None, True, "Using TMWNA16LinearKernel", _online()),
+    "plugin-online-head": _Kind(
+        "plugin tm_w4a16 with head",
+        None,
+        True,
+        "Using TMWNA16LinearKernel",
+        _online(lm_head="w8a16"),
+        beside="plugin tm_w4a16",
+    ),
 }
 
 
 _MODELS = {"llama-1b": llama_1b, "qwen3-30b-a3b": qwen3_30b}
-# What can run the other model at all: upstream refuses its experts, in bf16 it takes 61 GB.
-_EXPERTS_ENGINES = ("plugin-w4a16",)
+# The other model: upstream refuses its experts, in bf16 it takes 61 GB.
+_DEFAULT_ENGINES = {
+    "llama-1b": tuple(name for name, kind in _ENGINES.items() if not kind.arguments),
+    "qwen3-30b-a3b": ("plugin-w4a16",),
+}
 
 
 def main() -> int:
@@ -98,7 +121,7 @@ def _arguments() -> argparse.Namespace:
         "--engines",
         type=_engine_names,
         metavar="NAME,...",
-        help=f"of {', '.join(_ENGINES)} (default: all that can run the model)",
+        help=f"of {', '.join(_ENGINES)} (default: all with checkpoints that can run)",
     )
     parser.add_argument("--model", choices=_MODELS, default="llama-1b")
     parser.add_argument("--threads", type=int, default=len(machine.usable_cpus()))
@@ -108,9 +131,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="for model files, logs and venv")
     args = parser.parse_args()
-    args.engines = args.engines or (
-        tuple(_ENGINES) if args.model == "llama-1b" else _EXPERTS_ENGINES
-    )
+    args.engines = args.engines or _DEFAULT_ENGINES[args.model]
     return args
 
 
@@ -139,7 +160,7 @@ def _start(name: str, args: argparse.Namespace, directory: Path) -> Worker:
         "VLLM_CPU_KVCACHE_SPACE": "1",
     }
     worker = Path(__file__).with_name("vllm_worker.py")
-    command = [sys.executable, str(worker), str(model)]
+    command = [sys.executable, str(worker), str(model), json.dumps(kind.arguments)]
     others = tuple(k.chosen for k in _ENGINES.values() if k.chosen not in ("", kind.chosen))
     return Worker(Engine(kind.title, command, environment, kind.chosen, others), log)
 
@@ -175,8 +196,8 @@ def _report(
     peak_bytes: dict[str, int],
 ) -> dict:
     """Rates of every round, their medians, and, from paired rounds, the ratio of each engine with
-    the plugin to each without."""
-    ours = {kind.title for kind in _ENGINES.values() if kind.plugin}
+    the plugin to each without, or to the one it is compared with."""
+    ours = {kind.title: kind.beside for kind in _ENGINES.values() if kind.plugin}
     ratios = {
         own: {
             name: {
@@ -184,7 +205,7 @@ def _report(
                 for kind in rates
             }
             for name, rates in measured.items()
-            if name not in ours
+            if name not in ours or name == ours[own]
         }
         for own in measured
         if own in ours

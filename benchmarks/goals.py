@@ -195,6 +195,7 @@ _END_TO_END = {
     ("plugin W8A8", "decode", "upstream W8A8"): (1.1, None),
     ("plugin W4A8", "decode", "upstream W8A8"): (1.5, None),
     ("plugin W4A8", "prefill", "upstream W8A8"): (1.3, None),
+    ("plugin tm_w4a16 with head", "decode", "plugin tm_w4a16"): (1.15, None),
 }
 
 
@@ -234,7 +235,7 @@ def of_engines(plugin_over: dict[str, dict[str, dict[str, float]]]) -> list[Outc
     for (own, what, other), (must, aim) in _END_TO_END.items():
         ratio = plugin_over.get(own, {}).get(other)
         if ratio:
-            scheme = own.split()[-1].lower()
+            scheme = own.split()[1].lower()
             goal = Goal(scheme, f"{what}: times {other}", must, aim)
             outcomes.append(Outcome(goal, ((ratio[what], "Llama-1B shapes"),)))
     return outcomes

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker with vLLM's offline engine and made-up weights: vllm_worker.py CHECKPOINT_DIRECTORY."""
+"""A worker with vLLM's offline engine and made-up weights: vllm_worker.py DIRECTORY ARGUMENTS.
+
+DIRECTORY is a checkpoint, of which config.json is enough; ARGUMENTS are more of vllm.LLM's, as
+JSON.
+"""
 
 import json
 import random
@@ -23,6 +27,7 @@ def load() -> Callable[[int, int], None]:
         max_num_seqs=1,
         enable_prefix_caching=False,
         generation_config="vllm",
+        **json.loads(sys.argv[2]),
     )
     vocabulary = json.loads((Path(sys.argv[1]) / "config.json").read_text())["vocab_size"]
     tokens = random.Random(0)

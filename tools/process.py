@@ -17,8 +17,8 @@ TAIL_BYTES = 65536  # of a log, enough for its last lines; it is read twice a se
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _die_with_parent() -> None:
-    """In the child, before exec: the kernel ends it when this process is killed outright."""
+def die_with_parent() -> None:
+    """In a child of ours: the kernel ends it when its parent is killed outright."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -43,7 +43,7 @@ def start(
             stdout=output,
             stderr=subprocess.STDOUT if output is not None else None,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
     except FileNotFoundError as error:
         raise ToolError(f"cannot start {command[0]}: {error.strerror}") from error
@@ -51,6 +51,16 @@ def start(
 
 def group_members(group: int) -> list[int]:
     """The living processes of a process group; zombies do not count."""
+    return _members(group, 0)
+
+
+def session_members(session: int) -> list[int]:
+    """The living processes of a session; zombies do not count."""
+    return _members(session, 1)
+
+
+def _members(number: int, field: int) -> list[int]:
+    """Processes with `number` in that field of /proc/PID/stat, counted from the process group."""
     members = []
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
@@ -59,8 +69,8 @@ def group_members(group: int) -> list[int]:
             stat = Path("/proc", entry, "stat").read_text()
         except OSError:  # it ended meanwhile
             continue
-        state, _parent, its_group = stat.rpartition(")")[2].split()[:3]
-        if int(its_group) == group and state not in "ZX":
+        state, _parent, *numbers = stat.rpartition(")")[2].split()[:4]
+        if int(numbers[field]) == number and state not in "ZX":
             members.append(int(entry))
     return members
 

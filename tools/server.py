@@ -15,7 +15,7 @@ from typing import Any
 
 from tools import layout
 from tools.console import Progress, ToolError
-from tools.process import start, stop_group, tail
+from tools.process import group_members, start, stop_group, tail
 
 HOST = "127.0.0.1"
 # Loading and compiling a small model takes about a minute on two cores; slow machines take longer.
@@ -116,6 +116,10 @@ class Server:
         traceback: TracebackType | None,
     ) -> None:
         self.stop()
+
+    def processes(self) -> list[int]:
+        """The server's living processes, its engine's among them."""
+        return group_members(self._process.pid) if self._process is not None else []
 
     def stop(self) -> None:
         """Ends the server and every process it started; nothing happens the second time."""

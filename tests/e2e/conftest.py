@@ -6,10 +6,11 @@ import fcntl
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,12 @@ import torch
 pytest.importorskip("vllm", reason="vLLM is not installed: the end-to-end tests run it")
 
 from tools import layout, make_model
-from tools.process import start, stop_group
+from tools.process import die_with_parent, session_members, start, stop_group
 from tools.server import Server, server_environment
 from vllm_plugin_tm.kernels import ops
 
 E2E = layout.BUILD / "e2e"
+ENGINE_JOB = Path(__file__).with_name("engine_job.py")
 TIMEOUT_SECONDS = 400
 
 
@@ -87,16 +89,13 @@ class Ended:
 
 
 class Child:
-    """A process of ours and whatever it starts, marked by a variable in their environments."""
+    """A process of ours and whatever it starts: the processes of its session."""
 
     def __init__(
         self, name: str, command: Sequence[str | Path], settings: Mapping[str, str]
     ) -> None:
-        self.mark = f"E2E_MARK={uuid.uuid4()}"
-        self.log = E2E / "logs" / f"{name}.log"
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        variable, value = self.mark.split("=")
-        environment = server_environment({variable: value, **settings})
+        self.log = _log(name)
+        environment = server_environment(settings)
         environment["PATH"] = f"{Path(sys.prefix) / 'bin'}:{environment.get('PATH', os.defpath)}"
         with self.log.open("wb") as output:
             self.process = start(command, env=environment, cwd=layout.BUILD, output=output)
@@ -105,26 +104,108 @@ class Child:
         """Waits for the end; whatever is left after it, or then still runs, is ended here."""
         try:
             status = self.process.wait(timeout=seconds)
-            deadline = time.monotonic() + 10  # helpers see their parent's end a moment later
-            while (left := self._alive()) and time.monotonic() < deadline:
-                time.sleep(0.2)
+            left = left_of(self.process.pid)
         except subprocess.TimeoutExpired:
-            status, left = -1, self._alive()
+            status, left = -1, session_members(self.process.pid)
         finally:
             stop_group(self.process)
         return Ended(status, self.log.read_text(errors="replace"), left)
 
-    def _alive(self) -> list[int]:
-        found = []
-        for entry in Path("/proc").iterdir():
-            if not entry.name.isdigit():
-                continue
-            try:
-                if self.mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
-            except OSError:  # it ended meanwhile, or is another user's
-                continue
-        return found
+
+def left_of(session: int) -> list[int]:
+    """What is left of a session whose leader has ended; helpers see its end a moment later."""
+    deadline = time.monotonic() + 10
+    while (left := session_members(session)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return left
+
+
+def _log(name: str) -> Path:
+    path = E2E / "logs" / f"{name}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+class Preloaded:
+    """preloaded.py, and the processes that it becomes, one at a time."""
+
+    def __init__(self) -> None:
+        name = f"preloaded-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
+        with _log(name).open("wb") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, Path(__file__).with_name("preloaded.py")],
+                env=server_environment({}),
+                cwd=layout.BUILD,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                preexec_fn=die_with_parent,
+            )
+
+    def engine(self, name: str, jobs: list[dict[str, Any]], settings: Mapping[str, str]) -> Ended:
+        """Runs engine_job.py with the plugin on; the results are in results_of(name)."""
+        spec, environment = _job(name, jobs, settings)
+        with room_for(environment):
+            return self._run(name, ENGINE_JOB, [spec, results_of(name)], environment)
+
+    def _run(
+        self, name: str, program: Path, arguments: Sequence[Path], settings: Mapping[str, str]
+    ) -> Ended:
+        """As Child(name, ...).wait() of `python PROGRAM ARGUMENTS`."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        log = _log(name)
+        request = {
+            "program": str(program),
+            "arguments": list(map(str, arguments)),
+            "environment": dict(settings),
+            "output": str(log),
+        }
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        pid = int(self._process.stdout.readline())
+        timer = threading.Timer(TIMEOUT_SECONDS, os.killpg, (pid, signal.SIGKILL))
+        timer.start()
+        try:
+            status = int(self._process.stdout.readline())
+        finally:
+            timer.cancel()
+            left = left_of(pid)
+            for process in left:
+                os.kill(process, signal.SIGKILL)
+        return Ended(status, log.read_text(errors="replace"), left)
+
+    def close(self) -> None:
+        """Ends the process; there is none that it became."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+
+
+def results_of(name: str) -> Path:
+    """Where engine_job.py leaves what it found."""
+    return E2E / f"{name}.pt"
+
+
+def _job(
+    name: str, jobs: list[dict[str, Any]], settings: Mapping[str, str]
+) -> tuple[Path, dict[str, str]]:
+    """The jobs as a file, and the environment for them: one process for engine and model, so that
+    parameters can be looked at."""
+    results_of(name).unlink(missing_ok=True)
+    spec = results_of(name).with_suffix(".json")
+    spec.write_text(json.dumps(jobs))
+    fixed = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    return spec, {"VLLM_PLUGIN_TM": "1", **fixed, **settings}
+
+
+@pytest.fixture(scope="session")
+def preloaded(_extension: None) -> Iterator[Preloaded]:
+    """Runs programs with vLLM imported before."""
+    process = Preloaded()
+    yield process
+    process.close()
 
 
 def serve_command(model: Path, *arguments: str) -> list[str | Path]:
@@ -133,22 +214,20 @@ def serve_command(model: Path, *arguments: str) -> list[str | Path]:
 
 
 @pytest.fixture(scope="session")
-def run_engines(_extension: None) -> Callable[..., list[dict[str, Any]]]:
-    """Runs engine_job.py: run_engines(name, jobs, **environment) -> its results."""
+def run_engines(preloaded: Preloaded) -> Callable[..., list[dict[str, Any]]]:
+    """Runs engine_job.py: run_engines(name, jobs, **environment) -> its results. An environment
+    that decides what Python can import takes a new interpreter."""
 
     def run(name: str, jobs: list[dict[str, Any]], **settings: str) -> list[dict[str, Any]]:
-        result = E2E / f"{name}.pt"
-        result.unlink(missing_ok=True)
-        spec = E2E / f"{name}.json"
-        spec.parent.mkdir(parents=True, exist_ok=True)
-        spec.write_text(json.dumps(jobs))
-        command = [sys.executable, Path(__file__).with_name("engine_job.py"), spec, result]
-        # One process for engine and model: parameters can be looked at.
-        fixed = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-        with room_for(settings):
-            ended = Child(name, command, {"VLLM_PLUGIN_TM": "1", **fixed, **settings}).wait()
+        if "PYTHONPATH" in settings:
+            spec, environment = _job(name, jobs, settings)
+            command = [sys.executable, ENGINE_JOB, spec, results_of(name)]
+            with room_for(environment):
+                ended = Child(name, command, environment).wait()
+        else:
+            ended = preloaded.engine(name, jobs, settings)
         assert ended.status == 0, ended.output[-6000:]
-        return torch.load(result, weights_only=False)
+        return torch.load(results_of(name), weights_only=False)
 
     return run
 

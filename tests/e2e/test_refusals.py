@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bad checkpoints and bad settings, given to a real `vllm serve`: it says what is wrong by name,
-ends with a status that is not 0, and leaves no process behind."""
+"""Bad checkpoints and bad settings, given to a real `vllm serve` or to its engine: it says what is
+wrong by name, ends with a status that is not 0, and leaves no process behind."""
 
-import concurrent.futures
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import e2e_models
 import pytest
 import torch
-from conftest import Child, Ended, serve_command
+from conftest import Child, Ended, Preloaded, results_of, serve_command
 from safetensors.torch import load_file, save_file
 
 from tools import make_model
@@ -22,6 +21,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 LAYER = "model.layers.1.mlp.down_proj"
 Tensors = dict[str, torch.Tensor]
+ENGINE = {
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "max_model_len": 64,
+    "kv_cache_memory_bytes": 2**24,
+}
 
 
 def _missing(tensors: Tensors) -> None:
@@ -38,12 +43,14 @@ def _nan(tensors: Tensors) -> None:
 
 @dataclass(frozen=True)
 class Refusal:
-    """What is given to the server, and the words that its refusal must contain."""
+    """What is given to an engine, and the words that its refusal must contain. One of a checkpoint
+    and one of the environment are the server's, the others those of an engine alone."""
 
     words: tuple[str, ...]
     spoil: Callable[[Tensors], None] | None = None
     truncate: int = 0
-    arguments: tuple[str, ...] = ()
+    workers: int = 1
+    server: bool = False
     settings: dict[str, str] = field(default_factory=dict)
     model: dict[str, int] = field(default_factory=dict)
     group_size: int = 32
@@ -52,17 +59,18 @@ class Refusal:
 CASES = {
     "missing": Refusal((f"{LAYER}.weight_packed", "missing"), _missing),
     "surplus": Refusal((f"{LAYER}.weight_surplus",), _surplus),
-    "nan": Refusal((f"{LAYER}.weight_scale", "nan", "output row 17, group 2"), _nan),
+    "nan": Refusal((f"{LAYER}.weight_scale", "nan", "output row 17, group 2"), _nan, server=True),
     "truncated": Refusal((make_model.WEIGHTS, "truncated"), truncate=1000),
     # 320 = 5 groups of 64; each of two shards has 160.
     "group-across-shards": Refusal(
         ("down_proj", "160", "64"),
-        arguments=("--tensor-parallel-size", "2"),
-        settings={"VLLM_CPU_OMP_THREADS_BIND": "two cores"},
+        workers=2,
         model={"intermediate_size": 320},
         group_size=64,
     ),
-    "switch": Refusal(("VLLM_PLUGIN_TM", "'yes'", '"1"'), settings={"VLLM_PLUGIN_TM": "yes"}),
+    "switch": Refusal(
+        ("VLLM_PLUGIN_TM", "'yes'", '"1"'), settings={"VLLM_PLUGIN_TM": "yes"}, server=True
+    ),
     "instruction-set": Refusal(
         ("VLLM_PLUGIN_TM_ISA", "'avx9'", "avx512"), settings={"VLLM_PLUGIN_TM_ISA": "avx9"}
     ),
@@ -86,35 +94,29 @@ def _checkpoint(case: Refusal, models: Path, target: Path) -> Path:
     return target
 
 
-@pytest.fixture(scope="module")
-def refused(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ended]]:
-    """All cases, two servers at a time: starting takes one core most of the time."""
-    cores = sorted(os.sched_getaffinity(0))
-    folder = tmp_path_factory.mktemp("refused")
-
-    def serve(name: str) -> Ended:
-        case = CASES[name]
-        arguments = ["--port", str(free_port()), "--skip-tokenizer-init", "--enforce-eager"]
-        arguments += ["--max-model-len", "64", "--kv-cache-memory-bytes", str(2**24)]
-        settings = {"VLLM_PLUGIN_TM": "1", **case.settings}
-        if "VLLM_CPU_OMP_THREADS_BIND" in settings:
-            settings["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, cores[:2]))
-        command = serve_command(checkpoints[name], *arguments, *case.arguments)
-        return Child(f"refused-{name}", command, settings).wait()
-
-    wanted = [name for name in CASES if len(cores) > 1 or name != "group-across-shards"]
-    checkpoints = {name: _checkpoint(CASES[name], models, folder / name) for name in wanted}
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        yield dict(zip(wanted, pool.map(serve, wanted), strict=True))
-    shutil.rmtree(folder)
+def _serve(name: str, checkpoint: Path, settings: dict[str, str]) -> Ended:
+    arguments = ["--port", str(free_port()), "--skip-tokenizer-init", "--enforce-eager"]
+    arguments += ["--max-model-len", "64", "--kv-cache-memory-bytes", str(2**24)]
+    command = serve_command(checkpoint, *arguments)
+    return Child(name, command, {"VLLM_PLUGIN_TM": "1", **settings}).wait()
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_refused(refused: dict[str, Ended], name: str) -> None:
-    """The words are in one message that the server printed: a line, or a headline and its list."""
-    if name not in refused:
-        pytest.skip("two cores are needed for two workers")
-    ended, words = refused[name], CASES[name].words
+def test_refused(models: Path, preloaded: Preloaded, tmp_path: Path, name: str) -> None:
+    """The words are in one message that was printed: a line, or a headline and its list."""
+    case = CASES[name]
+    words, settings, cores = case.words, dict(case.settings), sorted(os.sched_getaffinity(0))
+    if case.workers > len(cores):
+        pytest.skip(f"{case.workers} cores are needed for as many workers")
+    if case.workers > 1:
+        settings["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, cores[: case.workers]))
+    checkpoint = _checkpoint(case, models, tmp_path / name)
+    if case.server:
+        ended = _serve(f"refused-{name}", checkpoint, settings)
+    else:
+        engine = {**ENGINE, "model": str(checkpoint), "tensor_parallel_size": case.workers}
+        job = {"engine": engine, "prompts": [[1]]}
+        ended = preloaded.engine(f"refused-{name}", [job], settings)
     assert ended.status > 0, ended.output[-3000:]
     assert ended.left == []
     lines = ended.output.splitlines()
@@ -123,3 +125,4 @@ def test_refused(refused: dict[str, Ended], name: str) -> None:
         f"no message has all of {words}:\n" + "\n".join(x for x in lines if "Error" in x)[-4000:]
     )
     assert "Application startup complete" not in ended.output
+    assert not results_of(f"refused-{name}").exists()

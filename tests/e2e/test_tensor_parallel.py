@@ -4,7 +4,6 @@
 import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import e2e_models
 import float_models
 import pytest
 import torch
-from conftest import Child, room_for
+from conftest import Preloaded
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -65,6 +64,11 @@ def results(
         "g64-asymmetric": {"group_size": 64, "symmetric": False},
         "channel": {"group_size": "channel"},
     }
+    kinds = [(name, path, {}) for name, path in checkpoints.items()]
+    quantized = [
+        (name, source, {"quantization": "tm_w4a16", "additional_config": {"tm_online": options}})
+        for name, options in online.items()
+    ]
     jobs = {
         parallel: [
             {
@@ -77,21 +81,9 @@ def results(
                 "prompts": PROMPTS,
                 "tokens": 16,
                 "workers": True,
+                "spawn": name == "g64-asymmetric",
             }
-            for path, how in (
-                *((path, {}) for path in checkpoints.values()),
-                *(
-                    (
-                        source,
-                        {
-                            "quantization": "tm_w4a16",
-                            "additional_config": {"tm_online": online[name]},
-                        },
-                    )
-                    for name in checkpoints
-                    if parallel == 2
-                ),
-            )
+            for name, path, how in (kinds if parallel == 1 else kinds + quantized)
         ]
         for parallel in (1, 2)
     }
@@ -287,18 +279,15 @@ def test_shards_of_float_checkpoints_answer_as_the_whole(
     assert found <= (2e-6 if case.kept else far)
 
 
-def test_blocks_that_a_shard_cuts_are_refused(models: Path, cores: str) -> None:
+def test_blocks_that_a_shard_cuts_are_refused(
+    models: Path, cores: str, preloaded: Preloaded
+) -> None:
     """128 rows of keys in blocks of 128, of which each of two workers would have the half. Upstream
     itself lets fused layers of this method through, and fails while it loads their scales."""
     checkpoint = FloatCase("llama", "fp8-block-128", "", 0).checkpoint(models)
-    spec = models / "cut-blocks.json"
     engine = {"model": str(checkpoint), **ENGINE, "dtype": "bfloat16", "tensor_parallel_size": 2}
-    spec.write_text(json.dumps([{"engine": engine, "prompts": PROMPTS[:1]}]))
-    job = Path(__file__).with_name("engine_job.py")
-    settings = {"VLLM_PLUGIN_TM": "1", "VLLM_CPU_OMP_THREADS_BIND": cores}
-    command = [sys.executable, job, spec, spec.with_suffix(".pt")]
-    with room_for(settings):
-        ended = Child("cut-blocks", command, settings).wait()
+    job = {"engine": engine, "prompts": PROMPTS[:1]}
+    ended = preloaded.engine("cut-blocks", [job], {"VLLM_CPU_OMP_THREADS_BIND": cores})
     assert ended.status != 0
     assert ended.left == []
     words = (

@@ -2,9 +2,13 @@
 """Updates over HTTP: the example's trainer teaches a server, which refuses a wrong update."""
 
 import importlib.util
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tools import layout, make_model
+from tools.console import ToolError
 from tools.server import Server, server_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
@@ -119,3 +124,37 @@ def test_a_wrong_update_is_refused_with_the_reason(
     with pytest.raises(RuntimeError, match=rf"(?s)old ones still serve.*{name}.*gate_up_proj"):
         trainer.update([tmp_path / "wrong.safetensors"])
     assert trainer.complete(PROMPT) == before
+
+
+def _engine(server: Server) -> int:
+    """The process with the model, by the title that vLLM gives it."""
+    titles = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in server.processes()}
+    (pid,) = (pid for pid, title in titles.items() if title.startswith(b"VLLM::EngineCore"))
+    return pid
+
+
+def test_an_engine_killed_in_an_update_ends_the_server_and_changes_no_file(
+    server: Server, plain: Path, example: Any
+) -> None:
+    """The trainer gets an error, not silence. The last test of this server."""
+    weights = plain / make_model.WEIGHTS
+    before = weights.read_bytes()
+    trainer = example.Server(server.url, str(plain))
+    trainer.post("start_weight_update")
+    trainer.post("update_weights", update_info={"files": [str(weights)]})
+    engine = _engine(server)
+    os.kill(engine, signal.SIGSTOP)  # so that it does not finish before it is killed
+    with ThreadPoolExecutor(1) as pool:
+        finish = pool.submit(trainer.post, "finish_weight_update")
+        time.sleep(1)
+        assert not finish.done()
+        os.kill(engine, signal.SIGKILL)
+        with pytest.raises((RuntimeError, OSError)):
+            finish.result(timeout=60)
+    deadline = time.monotonic() + 60
+    while server.processes() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert server.processes() == []
+    with pytest.raises(ToolError, match="the server ended with exit status"):
+        server.check_alive()
+    assert weights.read_bytes() == before

@@ -2,6 +2,8 @@
 """A Llama of a few kilobytes with quantized weights, written as a checkpoint and loaded by vLLM's
 own loader in this process. No tokenizer, no server: tests/e2e has those."""
 
+import functools
+import gc
 import json
 import tempfile
 
@@ -139,6 +141,13 @@ def engine_config(path, **options):
     ).create_engine_config()
 
 
+@functools.cache
+def _keep_imports_out_of_collections():
+    """vLLM collects garbage at every load; what the first one imported needs no second look."""
+    gc.collect()
+    gc.freeze()
+
+
 def load(path, **options):
     """The model, loaded by whatever loader vLLM has registered now."""
     from vllm.config import set_current_vllm_config
@@ -158,4 +167,6 @@ def load(path, **options):
         # Anew for each model: only those with experts have a group of expert parallelism.
         destroy_model_parallel()
         ensure_model_parallel_initialized(1, 1)
-        return get_model(vllm_config=config)
+        model = get_model(vllm_config=config)
+    _keep_imports_out_of_collections()
+    return model
