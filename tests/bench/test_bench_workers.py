@@ -17,6 +17,8 @@ import qwen3_30b
 import workers
 from bench_formats import needs_extension
 
+from vllm_plugin_tm.quantization.online import options as online_options
+
 BOUND = {"read_gbps": 30.0, "bytes_per_token": 1.5e9, "tokens_per_s": 20.0}
 
 _SCRIPT = """
@@ -169,7 +171,10 @@ def test_engine_names_are_checked():
         end_to_end._engine_names("plugin")
 
 
-@pytest.mark.parametrize("name", [name for name in end_to_end._ENGINES if name != "llamacpp"])
+WITH_CHECKPOINTS = [n for n in end_to_end._DEFAULT_ENGINES["llama-1b"] if n != "llamacpp"]
+
+
+@pytest.mark.parametrize("name", WITH_CHECKPOINTS)
 def test_every_engine_is_started_as_what_it_is_called(tmp_path, monkeypatch, name):
     started = []
     monkeypatch.setattr(end_to_end, "Worker", lambda engine, log: started.append(engine))
@@ -177,12 +182,26 @@ def test_every_engine_is_started_as_what_it_is_called(tmp_path, monkeypatch, nam
     (engine,) = started
     plugin, _, scheme = name.rpartition("-")
     assert engine.environment["VLLM_PLUGIN_TM"] == ("1" if plugin == "plugin" else None)
-    assert Path(engine.command[-1]).name == scheme
+    assert Path(engine.command[-2]).name == scheme
+    assert json.loads(engine.command[-1]) == {}
     assert engine.name == f"{plugin or 'upstream'} {scheme if scheme == 'bf16' else scheme.upper()}"
     assert ("TM" in engine.log_has) is (plugin == "plugin")
     # A log that one engine must have is one that all others must not.
     others = {kind.chosen for kind in end_to_end._ENGINES.values()} - {"", engine.log_has}
     assert set(engine.log_lacks) == others
+
+
+def test_engines_that_quantize_while_loading_differ_in_the_head_alone(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(end_to_end, "Worker", lambda engine, log: started.append(engine))
+    for name in ("plugin-online", "plugin-online-head"):
+        end_to_end._start(name, argparse.Namespace(threads=1, model="llama-1b"), tmp_path)
+    plain, head = (json.loads(engine.command[-1]) for engine in started)
+    assert head["additional_config"]["tm_online"].pop("lm_head") == "w8a16"
+    assert plain == head
+    assert started[0].command[:-1] == started[1].command[:-1]
+    options = online_options.parse(plain["quantization"], plain["additional_config"])
+    assert options.group_size == llama_1b.GROUP_SIZE
 
 
 def test_kernel_classes_of_the_logs_exist():
@@ -212,6 +231,8 @@ def test_end_to_end_report_pairs_its_rounds():
         "plugin W4A16": {"decode": [10.0, 20.0, 30.0], "prefill": [1.0, 1.0, 1.0]},
         "plugin W8A8": {"decode": [5.0, 4.0, 10.0], "prefill": [1.0, 1.0, 1.0]},
         "upstream W4A16": {"decode": [5.0, 4.0, 10.0], "prefill": [2.0, 2.0, 2.0]},
+        "plugin tm_w4a16": {"decode": [1.0, 2.0, 5.0], "prefill": [1.0, 1.0, 1.0]},
+        "plugin tm_w4a16 with head": {"decode": [2.0, 3.0, 5.0], "prefill": [1.0, 1.0, 1.0]},
     }
     args = argparse.Namespace(threads=2, decode=128, prefill=512, model="llama-1b")
     report = end_to_end._report(
@@ -220,6 +241,11 @@ def test_end_to_end_report_pairs_its_rounds():
     assert report["plugin_over"] == {
         "plugin W4A16": {"upstream W4A16": {"decode": 3.0, "prefill": 0.5}},
         "plugin W8A8": {"upstream W4A16": {"decode": 1.0, "prefill": 0.5}},
+        "plugin tm_w4a16": {"upstream W4A16": {"decode": 0.5, "prefill": 0.5}},
+        "plugin tm_w4a16 with head": {
+            "upstream W4A16": {"decode": 0.5, "prefill": 0.5},
+            "plugin tm_w4a16": {"decode": 1.5, "prefill": 1.0},
+        },
     }
     assert report["medians"]["plugin W4A16"]["decode"] == 20.0
     text = end_to_end._text(report | {"bound": BOUND})
