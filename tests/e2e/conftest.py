@@ -69,10 +69,10 @@ def smollm2_w4a16(_extension: None) -> Path:
 
 
 @contextlib.contextmanager
-def room_for(settings: Mapping[str, str]) -> Iterator[None]:
-    """Waits until an engine with these settings may run. Tests run side by side; an engine whose
-    workers have a core each would take the cores of another one, and each would wait for both."""
-    alone = "|" in settings.get("VLLM_CPU_OMP_THREADS_BIND", "")
+def room_for(jobs: list[dict[str, Any]]) -> Iterator[None]:
+    """Waits until these engines may run. Tests run side by side; workers that import vLLM on a core
+    each would take both cores of another engine, and each would run into its time limit."""
+    alone = any(job.get("spawn") for job in jobs)
     E2E.mkdir(parents=True, exist_ok=True)
     with (E2E / "cores.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
@@ -146,7 +146,7 @@ class Preloaded:
     def engine(self, name: str, jobs: list[dict[str, Any]], settings: Mapping[str, str]) -> Ended:
         """Runs engine_job.py with the plugin on; the results are in results_of(name)."""
         spec, environment = _job(name, jobs, settings)
-        with room_for(environment):
+        with room_for(jobs):
             return self._run(name, ENGINE_JOB, [spec, results_of(name)], environment)
 
     def _run(
@@ -222,7 +222,7 @@ def run_engines(preloaded: Preloaded) -> Callable[..., list[dict[str, Any]]]:
         if "PYTHONPATH" in settings:
             spec, environment = _job(name, jobs, settings)
             command = [sys.executable, ENGINE_JOB, spec, results_of(name)]
-            with room_for(environment):
+            with room_for(jobs):
                 ended = Child(name, command, environment).wait()
         else:
             ended = preloaded.engine(name, jobs, settings)

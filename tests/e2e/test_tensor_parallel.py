@@ -81,7 +81,7 @@ def results(
                 "prompts": PROMPTS,
                 "tokens": 16,
                 "workers": True,
-                "spawn": name == "g64-asymmetric",
+                "spawn": parallel == 2 and name == "g64-asymmetric",
             }
             for name, path, how in (kinds if parallel == 1 else kinds + quantized)
         ]
