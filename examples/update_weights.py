@@ -27,23 +27,26 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SHARED_MEMORY = Path("/dev/shm")
+# vLLM never answers a request whose engine dies meanwhile.
+REQUEST_SECONDS = 600.0
 
 
 class Server:
     """The routes of vLLM's server that the loop needs."""
 
-    def __init__(self, url: str, model: str) -> None:
-        self._url, self._model = url.rstrip("/"), model
+    def __init__(self, url: str, model: str, seconds: float = REQUEST_SECONDS) -> None:
+        self._url, self._model, self._seconds = url.rstrip("/"), model, seconds
 
     def post(self, route: str, **body: Any) -> Any:
-        """The decoded answer. Raises RuntimeError with the server's reason where it refuses."""
+        """The decoded answer. Raises RuntimeError with the server's reason where it refuses, and
+        TimeoutError where it does not answer."""
         request = urllib.request.Request(
             f"{self._url}/{route}",
             data=json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
         try:
-            with urllib.request.urlopen(request) as answer:
+            with urllib.request.urlopen(request, timeout=self._seconds) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             raise RuntimeError(f"{route}: {error.read().decode(errors='replace')}") from error

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tools import layout, make_model
-from tools.console import ToolError
+from tools.process import group_members
 from tools.server import Server, server_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
@@ -133,13 +134,14 @@ def _engine(server: Server) -> int:
     return pid
 
 
-def test_an_engine_killed_in_an_update_ends_the_server_and_changes_no_file(
+def test_an_engine_killed_in_an_update_is_noticed_and_changes_no_file(
     server: Server, plain: Path, example: Any
 ) -> None:
-    """The trainer gets an error, not silence. The last test of this server."""
+    """vLLM answers neither this request nor any other, and has to be stopped. The last test of this
+    server: it is gone afterwards."""
     weights = plain / make_model.WEIGHTS
     before = weights.read_bytes()
-    trainer = example.Server(server.url, str(plain))
+    trainer = example.Server(server.url, str(plain), seconds=5)
     trainer.post("start_weight_update")
     trainer.post("update_weights", update_info={"files": [str(weights)]})
     engine = _engine(server)
@@ -149,12 +151,11 @@ def test_an_engine_killed_in_an_update_ends_the_server_and_changes_no_file(
         time.sleep(1)
         assert not finish.done()
         os.kill(engine, signal.SIGKILL)
-        with pytest.raises((RuntimeError, OSError)):
+        with pytest.raises(TimeoutError):
             finish.result(timeout=60)
-    deadline = time.monotonic() + 60
-    while server.processes() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert server.processes() == []
-    with pytest.raises(ToolError, match="the server ended with exit status"):
-        server.check_alive()
+    with pytest.raises(OSError, match=r"refused|503|timed out"):
+        urllib.request.urlopen(f"{server.url}/health", timeout=5)
+    group = os.getpgid(server.processes()[0])
+    server.stop()
+    assert group_members(group) == []
     assert weights.read_bytes() == before
