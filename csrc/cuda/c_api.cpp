@@ -37,27 +37,30 @@ int tm_cuda_pack_sizes(const cuda::Layout* layout, int64_t* weight_dwords, int64
   return 0;
 }
 
-int tm_cuda_pack_w4(const tm_cuda_pack* args, char* error, size_t error_bytes) {
+int tm_cuda_pack_weights(const tm_cuda_pack* args, char* error, size_t error_bytes) {
   const cuda::Layout& l = args->layout;
   std::string reason = l.refusal();
-  if (reason.empty() && args->bits != 0 && (args->bits < 2 || args->bits > 4))
-    reason = std::to_string(args->bits) + " bits: expected 2 to 4, or 0 for bytes";
+  if (reason.empty() && args->bits != 0 && (l.bits == 8 || args->bits < 2 || args->bits > 4))
+    reason = std::to_string(args->bits) + " bits: expected " + (l.bits == 8 ? "" : "2 to 4, or ") + "0 for bytes";
   if (reason.empty() && args->bits == 0 && args->zero_point) reason = "codes of bytes have no zero points";
+  if (reason.empty() && args->scale_bytes != 2 && args->scale_bytes != 4)
+    reason = "scales of " + std::to_string(args->scale_bytes) + " bytes: expected 2 or 4";
   if (!reason.empty()) return report("pack: " + reason, error, error_bytes);
   cpu::Pack pack{};
-  pack.layout = {l.n, l.k, l.groups, 4};
-  pack.code_bits = args->bits ? args->bits : 4;
+  pack.layout = {l.n, l.k, l.groups, l.bits};
+  pack.code_bits = args->bits ? args->bits : l.bits;
   pack.packed = args->bits ? static_cast<const uint32_t*>(args->codes) : nullptr;
   pack.bytes = args->bits ? nullptr : static_cast<const int8_t*>(args->codes);
   pack.codes_stride = args->bits ? (l.k * args->bits + 31) / 32 : l.k;
   pack.scale = args->scale;
   pack.scale_stride = l.groups;
-  pack.scale_size = 2;
+  pack.scale_size = args->scale_bytes;
   pack.zero_point = static_cast<const uint32_t*>(args->zero_point);
   pack.zero_point_stride = l.groups;
   pack.weight_out = static_cast<uint32_t*>(args->weight_out);
   pack.scale_out = args->scale_out;
   pack.zero_out = static_cast<uint32_t*>(args->zero_out);
+  pack.sums_out = static_cast<int32_t*>(args->sums_out);
   cuda::pack(pack, kAlone);
   return 0;
 }
@@ -78,4 +81,13 @@ int64_t tm_cuda_arrived_words(const cuda::LinearPlan* plan, const cuda::Layout* 
 int tm_cuda_w4a16_linear(const cuda::Linear* args, const cuda::LinearPlan* plan, void* stream, char* error,
                          size_t error_bytes) {
   return report(cuda::w4a16_linear(*args, *plan, stream), error, error_bytes);
+}
+
+int64_t tm_cuda_code_bytes(int64_t rows, int64_t k) { return cuda::code_bytes(rows, k); }
+int tm_cuda_quantize_x(const cuda::QuantizeX* args, void* stream, char* error, size_t error_bytes) {
+  return report(cuda::quantize_x(*args, stream), error, error_bytes);
+}
+int tm_cuda_a8_linear(const cuda::LinearA8* args, const cuda::LinearPlan* plan, void* stream, char* error,
+                      size_t error_bytes) {
+  return report(cuda::a8_linear(*args, *plan, stream), error, error_bytes);
 }

@@ -13,23 +13,26 @@ extern "C" {
 
 #define TM_EXPORT __attribute__((visibility("default")))
 
-/// The tensors of pack_w4 and their sizes. codes: int32 words of `bits` bits [n, ceil(k * bits / 32)], or, with bits 0,
-/// int8 [n, k]; scale [n, groups] of 2 bytes; zero_point int32 [ceil(n * bits / 32), groups] or nullptr. Host memory.
+/// The tensors of tm_cuda_pack_weights and their sizes. codes: int32 words of `bits` bits [n, ceil(k * bits / 32)], or,
+/// with bits 0, int8 [n, k], the only ones of a layout of 8 bits; scale [n, groups] of scale_bytes, 2 or 4, each;
+/// zero_point int32 [ceil(n * bits / 32), groups] or nullptr. sums_out: of 8 bits, else nullptr. Host memory.
 struct tm_cuda_pack {
   turbo::cuda::Layout layout;
   int64_t bits;
+  int64_t scale_bytes;
   const void* codes;
   const void* scale;
   const void* zero_point;
   void* weight_out;
   void* scale_out;
   void* zero_out;
+  void* sums_out;
 };
 
 /// Sizes of what pack writes: dwords of weights, scales, dwords of zero points.
 TM_EXPORT int tm_cuda_pack_sizes(const turbo::cuda::Layout* layout, int64_t* weight_dwords, int64_t* scales,
                                  int64_t* zero_dwords, char* error, size_t error_bytes);
-TM_EXPORT int tm_cuda_pack_w4(const tm_cuda_pack* args, char* error, size_t error_bytes);
+TM_EXPORT int tm_cuda_pack_weights(const tm_cuda_pack* args, char* error, size_t error_bytes);
 
 TM_EXPORT int tm_cuda_tile_count();
 TM_EXPORT int tm_cuda_tile_rows(int tile);
@@ -41,5 +44,10 @@ TM_EXPORT int64_t tm_cuda_arrived_words(const turbo::cuda::LinearPlan* plan, con
                                         int64_t rows);
 TM_EXPORT int tm_cuda_w4a16_linear(const turbo::cuda::Linear* args, const turbo::cuda::LinearPlan* plan, void* stream,
                                    char* error, size_t error_bytes);
+/// Bytes of the codes of x [rows, k].
+TM_EXPORT int64_t tm_cuda_code_bytes(int64_t rows, int64_t k);
+TM_EXPORT int tm_cuda_quantize_x(const turbo::cuda::QuantizeX* args, void* stream, char* error, size_t error_bytes);
+TM_EXPORT int tm_cuda_a8_linear(const turbo::cuda::LinearA8* args, const turbo::cuda::LinearPlan* plan, void* stream,
+                                char* error, size_t error_bytes);
 
 }  // extern "C"

@@ -32,4 +32,11 @@ namespace turbo::cuda {
 
 inline constexpr int kWarpLanes = 32;
 
+TM_DEVICE float to_float(Half16 type, uint16_t bits) {
+  return type.bf16 ? to_float(BF16{}, bits) : to_float(F16{}, bits);
+}
+TM_DEVICE uint16_t from_float(Half16 type, float v) {
+  return type.bf16 ? from_float(BF16{}, v) : from_float(F16{}, v);
+}
+
 }  // namespace turbo::cuda

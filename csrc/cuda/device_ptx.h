@@ -32,10 +32,10 @@ TM_DEVICE T load_global(const T* at) {
 template <class T>
 TM_DEVICE T load_global_volatile(const T* at);
 template <>
-TM_DEVICE Float4 load_global_volatile(const Float4* at) {
-  Float4 v;
-  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.v[0]), "=f"(v.v[1]), "=f"(v.v[2]), "=f"(v.v[3])
+TM_DEVICE Vec4 load_global_volatile(const Vec4* at) {
+  Vec4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.v[0]), "=r"(v.v[1]), "=r"(v.v[2]), "=r"(v.v[3])
                : "l"(at)
                : "memory");
   return v;
@@ -184,8 +184,22 @@ TM_DEVICE uint16_t from_float(BF16, float v) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(v));
   return bits;
 }
-/// a * b + c, one rounding, whatever the compiler's flags are.
+/// Arithmetic with one rounding to nearest, whatever the compiler's flags are.
 TM_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+TM_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
+TM_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
 TM_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
+/// Wraps around.
+TM_DEVICE int32_t add(int32_t a, int32_t b) {
+  return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
+}
+/// Of a number and a NaN, the number.
+TM_DEVICE float smaller(float a, float b) { return fminf(a, b); }
+TM_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+/// The nearest integer, halves to even.
+TM_DEVICE int32_t round_to_int(float v) { return __float2int_rn(v); }
+TM_DEVICE float to_float(int32_t v) { return __int2float_rn(v); }
+TM_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
+TM_DEVICE uint32_t as_bits(float v) { return __float_as_uint(v); }
 
 }  // namespace turbo::cuda

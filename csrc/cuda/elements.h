@@ -10,6 +10,11 @@ namespace turbo::cuda {
 struct F16 {};
 struct BF16 {};
 
+/// One of the two, known at run time: where a kernel for each would be too many.
+struct Half16 {
+  bool bf16;
+};
+
 inline const char* type_name(F16) { return "f16"; }
 inline const char* type_name(BF16) { return "bf16"; }
 
@@ -18,9 +23,6 @@ struct alignas(8) Vec2 {
 };
 struct alignas(16) Vec4 {
   uint32_t v[4];
-};
-struct alignas(16) Float4 {
-  float v[4];
 };
 
 }  // namespace turbo::cuda

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// Calls of linear layers: what can be checked without looking at memory, then the kernel of the dtype.
+// Calls of linear layers: what can be checked without looking at memory, then the kernel.
 #include "linear.h"
 
 #include <climits>
 
-#include "w4a16_launch.h"
+#include "gemm_launch.h"
+#include "quantize.h"
 
 namespace turbo::cuda {
 namespace {
 
 constexpr int64_t kMostBlockRows = 65535;  // of a grid's second axis
+constexpr int64_t kMost = INT_MAX - 65536;  // with room for a tile's padding
 
 std::string refusal(const Linear& a, const LinearPlan& plan) {
   if (std::string reason = a.layout.refusal(); !reason.empty()) return reason;
-  // With room for a tile's padding.
-  constexpr int64_t kMost = INT_MAX - 65536;
   if (a.layout.n > kMost || a.layout.k > kMost || a.rows > kMost)
     return "n, k and rows: expected at most " + std::to_string(kMost);
   if (plan.tile < 0 || plan.tile >= tile_count())
@@ -39,8 +39,45 @@ std::string refusal(const Linear& a, const LinearPlan& plan) {
 std::string w4a16_linear(const Linear& args, const LinearPlan& plan, void* stream) {
   if (args.rows == 0) return {};
   if (const std::string reason = refusal(args, plan); !reason.empty()) return "w4a16_linear: " + reason;
+  if (args.layout.bits != 4) return "w4a16_linear: weights of " + std::to_string(args.layout.bits) + " bits: expected 4";
   const auto launch = args.dtype == DType::f16 ? &launch_w4a16_f16 : &launch_w4a16_bf16;
   return launch(args, plan, static_cast<Stream>(stream));
+}
+
+std::string quantize_x(const QuantizeX& args, void* stream) {
+  if (args.rows == 0) return {};
+  if (args.rows > kMost || args.k <= 0 || args.k > kMost)
+    return "quantize: rows: expected at most " + std::to_string(kMost) + ", k: 1 to " + std::to_string(kMost);
+  if (reinterpret_cast<uintptr_t>(args.codes) % 16) return "quantize: codes: expected a multiple of 16 bytes";
+  if (!args.given_scale && !args.symmetric && !args.zero) return "quantize: zero: expected memory, given none";
+  QuantizeParams p{};
+  p.x = rows16(args.x, args.x_stride, args.rows, args.k);
+  p.type = {args.dtype == DType::bf16};
+  p.given_scale = args.given_scale;
+  p.given_zero = args.given_zero;
+  p.symmetric = args.symmetric;
+  p.slabs = static_cast<int>(Layout{1, args.k, 1}.slabs());
+  p.codes = static_cast<Vec4*>(args.codes);
+  p.scale = args.scale;
+  p.zero = args.zero;
+  return launch<Quantize>({static_cast<unsigned>(args.rows), 1}, p, static_cast<Stream>(stream));
+}
+
+std::string a8_linear(const LinearA8& args, const LinearPlan& plan, void* stream) {
+  const Layout& l = args.linear.layout;
+  const std::string op = "w" + std::to_string(l.bits) + "a8_linear: ";
+  if (args.linear.rows == 0) return {};
+  if (const std::string reason = refusal(args.linear, plan); !reason.empty()) return op + reason;
+  if (l.groups > 1 && args.scale_type == ScaleType::f32) return op + "scale: expected 16 bits with groups, given float32";
+  if (l.groups > 1 && l.k / l.groups > kMostA8Group)
+    return op + "group size " + std::to_string(l.k / l.groups) + ": expected at most " + std::to_string(kMostA8Group) +
+           ", or all of k";
+  if (args.x_zero && (l.bits != 8 || !args.weight_sum)) return op + "x_zero: expected weights of 8 bits and their sums";
+  // What an int32 can hold of sums of (c - zx) * q: 255 or 128, times 128 or 15, times k.
+  const int64_t most_k = INT_MAX / ((args.x_zero ? 255 : 128) * (l.bits == 8 ? 128 : 15));
+  if (l.groups == 1 && l.k > most_k)
+    return op + "k = " + std::to_string(l.k) + ": expected at most " + std::to_string(most_k);
+  return (l.bits == 8 ? &launch_w8a8 : &launch_w4a8)(args, plan, static_cast<Stream>(stream));
 }
 
 }  // namespace turbo::cuda

@@ -10,9 +10,10 @@
 namespace turbo::cuda {
 
 enum class DType : int { f16, bf16 };
+enum class ScaleType : int { f16, bf16, f32 };
 
-/// How K is cut into slices whose sums are added in order (split_k.h). It decides a result's last bits, so it follows
-/// from the weights and the device only.
+/// How K is cut into slices whose sums are added in order (split_k.h); of several groups, where one ends. It decides a
+/// result's last bits, so it follows from the weights and the device only.
 struct SlicePlan {
   int count, slabs;
 };
@@ -58,5 +59,36 @@ struct Linear {
 /// Starts the W4A16 kernel on `stream` (a cudaStream_t). Does not wait, allocates nothing, and can be captured into a
 /// graph. Empty, or why it did not start.
 std::string w4a16_linear(const Linear& args, const LinearPlan& plan, void* stream);
+
+/// Rounds x [rows, k] to int8 codes in layout.h's order: codes [rows, k up to whole slabs] at a multiple of 16 bytes, and
+/// for each row its scale and, unless zero is nullptr, its zero point. given_scale [1]: of all rows, with given_zero [1]
+/// or nullptr for 0; nullptr: from each row, with a zero point unless symmetric. They are read on the device and must be
+/// what the CPU's op checks: a positive finite scale, a zero point of -128 to 127.
+struct QuantizeX {
+  DType dtype;
+  int64_t rows, k;
+  const void* x;
+  int64_t x_stride;
+  const float* given_scale;
+  const int32_t* given_zero;
+  bool symmetric;
+  void* codes;
+  float* scale;
+  int32_t* zero;
+};
+int64_t code_bytes(int64_t rows, int64_t k);
+std::string quantize_x(const QuantizeX& args, void* stream);
+
+/// y = dequantized codes of x @ dequantized(weight).T + bias, as a8.h has it: W4A8, or with a layout of 8 bits W8A8.
+/// linear.x are the codes that quantize_x wrote for `k`, linear.scale is of scale_type (16 bits where there are several
+/// groups), y and bias of linear.dtype. x_zero: W8A8 only, and then weight_sum too; else nullptr.
+struct LinearA8 {
+  Linear linear;
+  ScaleType scale_type;
+  const float* x_scale;
+  const int32_t* x_zero;
+  const int32_t* weight_sum;
+};
+std::string a8_linear(const LinearA8& args, const LinearPlan& plan, void* stream);
 
 }  // namespace turbo::cuda

@@ -25,11 +25,12 @@ struct OutputTile {
   static constexpr int kChunks = Tile::kChannels / 8;
 };
 
-/// Writes what lies within y of the tile that begins at (first_row, first_channel). Every thread of the block has been
-/// through a barrier since shared memory was last used.
-template <class Type, class Tile>
-TM_DEVICE void write_output(Type type, const Output16& out, int first_row, int first_channel,
-                            const Accumulators<Tile, float>& total, const Place<Tile>& place) {
+/// Writes what lies within y of the tile that begins at (first_row, first_channel): value(s, c, i), a float, is what the
+/// thread has for the register i of slab s and column c. Every thread of the block has been through a barrier since
+/// shared memory was last used.
+template <class Tile, class Type, class Value>
+TM_DEVICE void write_output(Type type, const Output16& out, int first_row, int first_channel, const Place<Tile>& place,
+                            const Value& value) {
   using Shared = OutputTile<Tile>;
   TM_UNROLL
   for (int s = 0; s < Tile::kSlabs; ++s)
@@ -43,7 +44,7 @@ TM_DEVICE void write_output(Type type, const Output16& out, int first_row, int f
         TM_UNROLL
         for (int i = 0; i < 2; ++i) {
           const int row = place.first_row() + 8 * c + 2 * place.t + i;
-          const float sum = total[s][c][2 * h + i];
+          const float sum = value(s, c, 2 * h + i);
           store_shared_16(shared_base() + static_cast<uint32_t>(row * Shared::kPitch + channel * 2),
                           from_float(type, out.bias ? add(sum, bias) : sum));
         }

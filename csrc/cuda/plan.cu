@@ -41,7 +41,8 @@ SlicePlan plan_slices(const Layout& layout, int multiprocessors) {
   const int64_t slabs = layout.slabs(), tiles = ceil_div(layout.padded_n(), kShapes[0][0].channels);
   int64_t count = std::max<int64_t>(multiprocessors * kBlocksPerMultiprocessor / tiles, 1);
   count = std::min({count, std::max<int64_t>(slabs / kLeastSliceSlabs, 1), kMostSlices});
-  const int64_t length = ceil_div(slabs, count);
+  const int64_t whole = layout.groups > 1 && !layout.small_groups() ? layout.group_slabs() : 1;
+  const int64_t length = ceil_div(ceil_div(slabs, count), whole) * whole;
   // Whole slices may be fewer: none is empty.
   return {static_cast<int>(ceil_div(slabs, length)), static_cast<int>(length)};
 }
@@ -52,6 +53,8 @@ LinearPlan plan_linear(const Layout& layout, int64_t rows, int multiprocessors) 
   plan.apart = plan.slices.count > 1 && tiles_of(shape_of(plan.tile, layout), layout, rows) < multiprocessors;
   return plan;
 }
+
+int64_t code_bytes(int64_t rows, int64_t k) { return rows * Layout{1, k, 1}.slabs() * kSlabK; }
 
 int tile_count() { return kTileCount; }
 int tile_rows(int tile) { return kShapes[0][tile].rows; }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // K in slices, whose sums are added in ascending order: ((s0 + s1) + s2) + ... Whoever adds, the bits are the same.
+// Sums are floats, or integers of 32 bits, for which the order is no matter.
 //
 // Slices follow from the weights alone, never from the number of rows, so that a row's result does not depend on its
 // batch. Few rows: each slice has a block of its own; whichever comes last adds all, in order, and sets the
@@ -15,7 +16,7 @@ struct Slices {
   int count;     // of K
   int slabs;     // of a slice; the last one has what is left
   bool apart;    // a block for each slice, instead of one for all
-  Float4* sums;  // [tile][apart ? count : 1][slab * column][thread]; nullptr when count is 1
+  Vec4* sums;    // [tile][apart ? count : 1][slab * column][thread]; nullptr when count is 1
   uint32_t* arrived;  // [tile], 0 between launches; nullptr unless apart
 };
 
@@ -23,14 +24,14 @@ template <class Tile>
 class SliceSums {
  public:
   static constexpr int kVectors = Tile::kSlabs * Tile::kColumns;
-  using Sums = Accumulators<Tile, float>;
 
   TM_DEVICE SliceSums(const Slices& slices, int tile, int thread)
       : slices_(slices), tile_(tile), thread_(thread) {}
 
   /// Ends slice `slice`, whose sum this block has in `total`. True for the block that now has the sum of all slices
   /// there. `scratch` is a word of shared memory that no one uses.
-  TM_DEVICE bool end_slice(int slice, Sums& total, uint32_t scratch) const {
+  template <class T>
+  TM_DEVICE bool end_slice(int slice, Accumulators<Tile, T>& total, uint32_t scratch) const {
     if (slices_.count == 1) return true;
     if (slices_.apart) return meet(slice, total, scratch);
     const bool last = slice == slices_.count - 1;
@@ -40,34 +41,43 @@ class SliceSums {
   }
 
  private:
-  TM_DEVICE Float4* place(int slot, int vector) const {
+  TM_DEVICE static uint32_t bits(float v) { return as_bits(v); }
+  TM_DEVICE static uint32_t bits(int32_t v) { return static_cast<uint32_t>(v); }
+  TM_DEVICE static float value(uint32_t bits, float) { return as_float(bits); }
+  TM_DEVICE static int32_t value(uint32_t bits, int32_t) { return static_cast<int32_t>(bits); }
+
+  TM_DEVICE Vec4* place(int slot, int vector) const {
     const int64_t slots = slices_.apart ? slices_.count : 1;
     return slices_.sums + ((tile_ * slots + slot) * kVectors + vector) * Tile::kThreads + thread_;
   }
 
-  TM_DEVICE void store(int slot, const Sums& total) const {
+  template <class T>
+  TM_DEVICE void store(int slot, const Accumulators<Tile, T>& total) const {
     TM_UNROLL
     for (int s = 0; s < Tile::kSlabs; ++s)
       TM_UNROLL
       for (int c = 0; c < Tile::kColumns; ++c) {
-        const float(&d)[4] = total[s][c];
-        store_global(place(slot, s * Tile::kColumns + c), Float4{{d[0], d[1], d[2], d[3]}});
+        const T(&d)[4] = total[s][c];
+        store_global(place(slot, s * Tile::kColumns + c),
+                     Vec4{{bits(d[0]), bits(d[1]), bits(d[2]), bits(d[3])}});
       }
   }
 
   /// total = what is in the slot + total.
-  TM_DEVICE void add_before(Sums& total) const {
+  template <class T>
+  TM_DEVICE void add_before(Accumulators<Tile, T>& total) const {
     TM_UNROLL
     for (int s = 0; s < Tile::kSlabs; ++s)
       TM_UNROLL
       for (int c = 0; c < Tile::kColumns; ++c) {
-        const Float4 before = load_global_volatile(place(0, s * Tile::kColumns + c));
+        const Vec4 before = load_global_volatile(place(0, s * Tile::kColumns + c));
         TM_UNROLL
-        for (int i = 0; i < 4; ++i) total[s][c][i] = add(before.v[i], total[s][c][i]);
+        for (int i = 0; i < 4; ++i) total[s][c][i] = add(value(before.v[i], T{}), total[s][c][i]);
       }
   }
 
-  TM_DEVICE bool meet(int slice, Sums& total, uint32_t scratch) const {
+  template <class T>
+  TM_DEVICE bool meet(int slice, Accumulators<Tile, T>& total, uint32_t scratch) const {
     store(slice, total);
     thread_fence();
     sync_threads();
@@ -83,16 +93,18 @@ class SliceSums {
     return true;
   }
 
-  TM_DEVICE void sum_in_order(Sums& total) const {
+  template <class T>
+  TM_DEVICE void sum_in_order(Accumulators<Tile, T>& total) const {
     TM_NO_UNROLL
     for (int slot = 0; slot < slices_.count; ++slot) {
       TM_UNROLL
       for (int s = 0; s < Tile::kSlabs; ++s)
         TM_UNROLL
         for (int c = 0; c < Tile::kColumns; ++c) {
-          const Float4 next = load_global_volatile(place(slot, s * Tile::kColumns + c));
+          const Vec4 next = load_global_volatile(place(slot, s * Tile::kColumns + c));
           TM_UNROLL
-          for (int i = 0; i < 4; ++i) total[s][c][i] = slot ? add(total[s][c][i], next.v[i]) : next.v[i];
+          for (int i = 0; i < 4; ++i)
+            total[s][c][i] = slot ? add(total[s][c][i], value(next.v[i], T{})) : value(next.v[i], T{});
         }
     }
   }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The registry of tile shapes. A shape may change speed, never bits: all sum over K in the order that w4a16.h names.
+// The registry of tile shapes. A shape may change speed, never bits: all sum over K in the order that gemm.h names.
 #pragma once
 
 #include "tile_shape.h"
@@ -31,6 +31,14 @@ template <int Channels, int Stages, int MinBlocks>
 struct SmallGroupTile<TileShape<Channels, 128, 4, 2, Stages, MinBlocks>> {
   using Shape = TileShape<Channels / 2, 128, 2, 4, Stages, 1>;
 };
+
+/// A shape, or what takes its place.
+template <class Tile, bool SmallGroups>
+struct TileOf {
+  using Shape = Tile;
+};
+template <class Tile>
+struct TileOf<Tile, true> : SmallGroupTile<Tile> {};
 
 #define TM_COUNT_TILE(...) +1
 inline constexpr int kTileCount = 0 TM_TILES(TM_COUNT_TILE);

@@ -12,6 +12,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "kernels"))
 
 from sim_device import ASCENDING, Device, device
 
+from vllm_plugin_tm.kernels import ops
+
 
 @pytest.fixture
 def sim(repository: Path) -> Iterator[Device]:
@@ -20,3 +22,10 @@ def sim(repository: Path) -> Iterator[Device]:
     library.set_order(ASCENDING)
     yield library
     library.set_order(ASCENDING)
+
+
+@pytest.fixture(scope="session")
+def extension() -> None:
+    """Loads the CPU's ops; skips where they are missing."""
+    if not ops.is_available():
+        pytest.skip("the compiled extension is not installed: the CPU's kernels are compared with")

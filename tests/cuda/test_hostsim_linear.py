@@ -17,12 +17,13 @@ from linear_cases import (
     pack_bits,
     pairwise,
 )
-from sim_device import DESCENDING, SHUFFLED, Device, Layout, Packed, Plan, SimulatorError
+from plans import SLICES, TILES, plan_of
+from sim_device import DESCENDING, SHUFFLED, Device, Packed, Place, SimulatorError
+from sim_structs import Layout, Plan
 from torch import Tensor
 
 from vllm_plugin_tm.kernels import ops, reference
 
-TILES = 5
 DTYPES = (torch.float16, torch.bfloat16)
 # (group size, K): one slab of 64 and several, half of one at the end, groups of two slabs, channels
 # whose K is no multiple of anything.
@@ -42,14 +43,11 @@ GROUPS = (
     (-1, 512),
 )
 # Elements after each row of x and y, and bytes before the first.
-PLACES = ((0, 0), (8, 0), (8, 32), (1, 0), (0, 2), (3, 6))
+PLACES = tuple(Place(*p) for p in ((0, 0), (8, 0), (8, 32), (1, 0), (0, 2), (3, 6)))
 
 
 def _plan(tile: int, slabs: int, slices: int, apart: bool) -> Plan:
-    """At most `slices` slices, as the backend would cut them: none is empty."""
-    length = -(-slabs // min(slices, slabs))
-    count = -(-slabs // length)
-    return Plan(tile, count, length, apart and count > 1)
+    return plan_of(Layout(1, 64 * slabs, 1), tile, slices, apart)
 
 
 def _grid() -> list[dict[str, Any]]:
@@ -62,7 +60,7 @@ def _grid() -> list[dict[str, Any]]:
         bias=(False, True),
         place=PLACES,
         tile=range(TILES),
-        slices=((1, False), (2, True), (2, False), (3, True), (5, True), (5, False)),
+        slices=SLICES,
     )
 
 
@@ -72,7 +70,7 @@ GRID = _grid()
 def _name(case: dict[str, Any]) -> str:
     group, k = case["group"]
     slices, apart = case["slices"]
-    pad, shift = case["place"]
+    pad, shift = case["place"].pad, case["place"].shift
     return (
         f"M{case['rows']}-N{case['n']}-K{k}-g{group}-{str(case['dtype'])[6:]}"
         f"{'-asym' if case['asymmetric'] else ''}{'-bias' if case['bias'] else ''}-pad{pad}"
@@ -100,10 +98,9 @@ def test_against_the_oracle(sim: Device, case: dict[str, Any]) -> None:
     (group, k), dtype, n = case["group"], case["dtype"], case["n"]
     layer = make_layer("w4a16", n, k, group, dtype, case["asymmetric"], case["bias"])
     x = make_x(case["rows"], k, dtype)
-    pad, shift = case["place"]
     plan = _plan(case["tile"], _slabs(k), *case["slices"])
     sim.counts()
-    y = sim.w4a16_linear(x, _pack(sim, layer), layer.bias, plan, pad, shift)
+    y = sim.w4a16_linear(x, _pack(sim, layer), layer.bias, plan, case["place"])
     assert_right(y, expected(layer, x))
     counts = sim.counts()
     assert counts["mma"] > 0

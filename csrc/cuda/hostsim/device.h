@@ -2,6 +2,7 @@
 // device.h for a C++ compiler: every function of device_ptx.h on the simulator.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 
@@ -97,6 +98,17 @@ inline float to_float(BF16, uint16_t bits) { return hostsim::bf16_to_float(bits)
 inline uint16_t from_float(F16, float v) { return hostsim::to_f16(v); }
 inline uint16_t from_float(BF16, float v) { return hostsim::to_bf16(v); }
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+inline float multiply(float a, float b) { return a * b; }
+inline float divide(float a, float b) { return a / b; }
 inline float add(float a, float b) { return a + b; }
+inline int32_t add(int32_t a, int32_t b) {
+  return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
+}
+inline float smaller(float a, float b) { return std::fmin(a, b); }
+inline float larger(float a, float b) { return std::fmax(a, b); }
+inline int32_t round_to_int(float v) { return static_cast<int32_t>(std::nearbyint(v)); }
+inline float to_float(int32_t v) { return static_cast<float>(v); }
+inline float as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline uint32_t as_bits(float v) { return std::bit_cast<uint32_t>(v); }
 
 }  // namespace turbo::cuda

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+// W8A8 and W4A8: activations as int8 codes (quantize.h), tensor cores of bytes, and sums that are exact integers of 32
+// bits. With c a code of x, zx and sx the zero point and scale of its row:
+//   one group:   y = round((float(sum of (c - zx) * (q - z)) * scale[n]) * sx + bias)
+//   groups:      y = round(((s0 + s1) + ...) * sx + bias),  zx = 0
+// each product and sum of floats rounded by itself. Codes of zx are summed in the product and taken out at the end,
+// through the sums of the channels' weights.
+#pragma once
+
+#include <string>
+
+#include "dequantize.h"
+#include "gemm.h"
+#include "scale_type.h"
+
+namespace turbo::cuda {
+
+/// Per row of x: its scale, and its zero point unless nullptr. Per channel, in layout.h's order: scales of one group, and
+/// where rows have zero points the sums of weights.
+struct A8Finish {
+  const float* x_scale;
+  const int32_t* x_zero;
+  const void* scale;
+  const int32_t* weight_sum;
+  ScaleType scale_type;
+  Half16 y_type;
+};
+
+template <int Bits>
+struct A8 {
+  static_assert(Bits == 4 || Bits == 8);
+  using X = Codes8;
+  using Sum = int32_t;
+  using Finish = A8Finish;
+
+  static constexpr int kWeightBits = Bits, kRowBytes = 64, kSteps = kSlabK / 32;
+
+  static std::string name() { return "w" + std::to_string(Bits) + "a8<s8"; }
+
+  // An integer below 2^22 in size, added to the bits of 1.5 * 2^23, makes the float of their sum: groups begin there,
+  // and one subtraction instead of a slow conversion ends them. layout.h bounds groups so that all are that small.
+  static constexpr uint32_t kFloatBits = 0x4B400000;
+  static constexpr float kFloatBase = 12582912.0f;
+  static_assert(kMostA8Group * 15 * 128 < 1 << 22);
+
+  TM_DEVICE static int32_t start(Groups groups) { return groups == Groups::one ? 0 : static_cast<int32_t>(kFloatBits); }
+  TM_DEVICE static float group_sum(int32_t sum) { return add(as_float(static_cast<uint32_t>(sum)), -kFloatBase); }
+  TM_DEVICE static ZeroPoints zero_points(uint32_t z, uint32_t z8) { return byte_zero_points(z, z8); }
+  TM_DEVICE static void fragment(const Vec4 (&codes)[1], int step, const ZeroPoints& zero, uint32_t (&a)[4]) {
+    dequantize_bytes(codes[0].v[2 * step], zero, a[0], a[1]);
+    dequantize_bytes(codes[0].v[2 * step + 1], zero, a[2], a[3]);
+  }
+  TM_DEVICE static void fragment(const Vec4 (&codes)[2], int step, const ZeroPoints&, uint32_t (&a)[4]) {
+    TM_UNROLL
+    for (int i = 0; i < 4; ++i) a[i] = codes[step].v[i];
+  }
+  TM_DEVICE static void multiply(int32_t (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma_m16n8k32(sum, a, b);
+  }
+  TM_DEVICE static Half16 scale_type(const Finish& f) { return {f.scale_type == ScaleType::bf16}; }
+
+  /// The scales and zero points of a thread's rows.
+  template <class Tile>
+  struct RowValues {
+    float scale[Tile::kColumns][2];
+    int32_t zero[Tile::kColumns][2];
+
+    TM_DEVICE RowValues(const GemmParams<A8>& p, int first_row, const Place<Tile>& place) {
+      TM_UNROLL
+      for (int c = 0; c < Tile::kColumns; ++c)
+        TM_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const int row = first_row + place.first_row() + 8 * c + 2 * place.t + i;
+          const bool inside = row < p.x.rows;
+          scale[c][i] = inside ? load_global(p.finish.x_scale + row) : 0.0f;
+          zero[c][i] = inside && p.finish.x_zero ? load_global(p.finish.x_zero + row) : 0;
+        }
+    }
+  };
+
+  template <class Tile>
+  TM_DEVICE static void finish(const GemmParams<A8>& p, int first_row, int first_channel, const Place<Tile>& place,
+                               const Accumulators<Tile, float>& total) {
+    const RowValues<Tile> rows(p, first_row, place);
+    write_output<Tile>(p.finish.y_type, p.y, first_row, first_channel, place,
+                       [&](int s, int c, int i) { return cuda::multiply(total[s][c][i], rows.scale[c][i % 2]); });
+  }
+
+  template <class Tile>
+  TM_DEVICE static void finish(const GemmParams<A8>& p, int first_row, int first_channel, const Place<Tile>& place,
+                               const Accumulators<Tile, int32_t>& sums) {
+    const RowValues<Tile> rows(p, first_row, place);
+    const int block = first_channel / kBlockChannels + place.first_slab() / kBlockSlabs;
+    const bool inside = block < p.blocks;
+    // A thread's channels of all its slabs lie side by side.
+    const int at = block * kBlockChannels + place.g * (2 * kBlockSlabs) + place.first_slab() % kBlockSlabs * 2;
+    float scale[2 * Tile::kSlabs];
+    int32_t weights[2 * Tile::kSlabs];
+    TM_UNROLL
+    for (int i = 0; i < 2 * Tile::kSlabs; ++i) {
+      scale[i] = inside ? load_scale(p.finish.scale_type, p.finish.scale, at + i) : 0.0f;
+      weights[i] = inside && p.finish.x_zero ? load_global(p.finish.weight_sum + at + i) : 0;
+    }
+    write_output<Tile>(p.finish.y_type, p.y, first_row, first_channel, place, [&](int s, int c, int i) {
+      const int channel = 2 * s + i / 2;
+      const int32_t beyond = product(rows.zero[c][i % 2], weights[channel]);
+      const float sum = to_float(add(sums[s][c][i], product(beyond, -1)));
+      return cuda::multiply(cuda::multiply(sum, scale[channel]), rows.scale[c][i % 2]);
+    });
+  }
+
+  /// Wraps around: what it is a part of fits.
+  TM_DEVICE static int32_t product(int32_t a, int32_t b) {
+    return static_cast<int32_t>(static_cast<uint32_t>(a) * static_cast<uint32_t>(b));
+  }
+};
+
+}  // namespace turbo::cuda
