@@ -26,7 +26,7 @@ from sim_device import DESCENDING, SHUFFLED, Device, Packed, Place, Rounding, Si
 from sim_structs import Plan
 from torch import Tensor
 
-from vllm_plugin_tm.kernels import reference_int8
+from vllm_plugin_tm.kernels import ops, reference_int8
 
 MODES = (*W8A8, "w4a8")
 DTYPES = (torch.float16, torch.bfloat16)
@@ -310,6 +310,19 @@ def test_scales_of_any_dtype(sim: Device, scale_dtype: torch.dtype) -> None:
                 _run(sim, layer, x)
         else:
             assert_right(_run(sim, layer, x), expected(layer, x))
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (64, 64), (200, 333)])
+def test_the_fake_knows_the_layout(sim: Device, n: int, k: int) -> None:
+    """Shapes that torch.compile is told, against what the packer writes."""
+    layer = make_layer("w8a8", n, k, -1, torch.float16)
+    assert isinstance(layer, Layer)
+    packed = _pack(sim, layer)
+    weight, scale, _ = ops.cuda_pack_shapes(n, k, 1, bits=8)
+    assert packed.sums is not None
+    assert weight[0] * weight[1] == packed.weight.numel()
+    assert scale[0] * scale[1] == packed.scale.numel()
+    assert weight[0] == packed.sums.numel()
 
 
 def test_no_rows(sim: Device) -> None:

@@ -166,12 +166,12 @@ def _register_grouped_pack(name: str, bits: int) -> None:
         )
 
 
-def cuda_pack_shapes(n: int, k: int, groups: int) -> tuple[tuple[int, int], ...]:
-    """Shapes of 4-bit weights, scales and zero points [n, k] in a GPU's kernel layout."""
+def cuda_pack_shapes(n: int, k: int, groups: int, bits: int = 4) -> tuple[tuple[int, int], ...]:
+    """Shapes of weights of 4 or 8 bits, scales and zero points [n, k] in a GPU's kernel layout."""
     rows, columns = (-(-size // CUDA_TILE) * CUDA_TILE for size in (n, k))
     halves = groups > 1 and k // groups == CUDA_SMALL_GROUP
     scales = columns // CUDA_SMALL_GROUP if halves else groups
-    return (rows, columns // 8), (rows, scales), (rows // 8, scales)
+    return (rows, columns * bits // DWORD_BITS), (rows, scales), (rows // 8, scales)
 
 
 def _cuda_pack_fake(weight_packed, scale, zero_point, k):  # type: ignore[no-untyped-def]
@@ -220,6 +220,13 @@ def _register_w8a8() -> None:
     def _(weight, scale, gate_up=False):  # type: ignore[no-untyped-def]
         _check_devices("w8a8_pack", "weight", weight, {"scale": scale})
         n, k = weight.shape
+        if weight.is_cuda:
+            codes, steps, _ = cuda_pack_shapes(n, k, 1, bits=8)
+            return (
+                weight.new_empty(codes, dtype=torch.int32),
+                scale.new_empty(steps),
+                weight.new_empty((codes[0],), dtype=torch.int32),
+            )
         n = _packed_rows(n, gate_up)
         return (
             weight.new_empty((n, (k + 3) // 4), dtype=torch.int32),
