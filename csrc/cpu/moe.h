@@ -2,33 +2,10 @@
 // A layer of routed experts: y[t] = sum over t's experts e of w(t, e) * down_e(act(gate_e(x[t]), up_e(x[t]))).
 #pragma once
 
+#include "activation_kind.h"
 #include "gemm.h"
 
 namespace turbo::cpu {
-
-/// What stands between the two products, in fp32. g and u are the two halves of the first product; "no mul"
-/// experts have no u.
-enum class ActivationKind : int {
-  swiglu,            ///< g' * sigmoid(alpha * g') * (u' + beta), g' = min(g, limit), u' = u within +-limit
-  swiglustep,        ///< min(silu(g), limit) * (u within +-limit)
-  situ,              ///< alpha * tanh(g / alpha) * sigmoid(g) * (beta > 0 ? beta * tanh(u / beta) : u)
-  gelu,              ///< gelu(g) * u, with erf
-  gelu_tanh,         ///< gelu(g) * u, with tanh
-  silu_no_mul,       ///< silu(g)
-  gelu_no_mul,       ///< gelu(g), with erf
-  gelu_tanh_no_mul,  ///< gelu(g), with tanh
-  relu2_no_mul,      ///< max(g, 0) squared
-};
-inline constexpr const char* kActivationNames[] = {
-    "swiglu",      "swiglustep",       "situ",         "gelu", "gelu_tanh", "silu_no_mul",
-    "gelu_no_mul", "gelu_tanh_no_mul", "relu2_no_mul",
-};
-
-struct Activation {
-  ActivationKind kind;
-  float alpha, beta, limit;
-  bool gated() const { return kind < ActivationKind::silu_no_mul; }
-};
 
 /// Weights of one product for all experts, one expert after another, each as layout.h says. `bias` fp32
 /// [experts, padded n], nullptr for none. The tiles of a gated w13 alternate: 16 gate channels, 16 up channels.

@@ -32,6 +32,8 @@ struct A8 {
   using X = Codes8;
   using Sum = int32_t;
   using Finish = A8Finish;
+  template <class Tile>
+  using Output = OutputTile<Tile>;
 
   static constexpr int kWeightBits = Bits, kRowBytes = 64, kSteps = kSlabK / 32;
 
@@ -57,6 +59,9 @@ struct A8 {
   TM_DEVICE static void multiply(int32_t (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     mma_m16n8k32(sum, a, b);
   }
+  TM_DEVICE static TileRows rows(const GemmParams<A8>& p, int tile, int tile_rows) {
+    return plain_rows(p.rows, tile, tile_rows);
+  }
   TM_DEVICE static Half16 scale_type(const Finish& f) { return {f.scale_type == ScaleType::bf16}; }
 
   /// The scales and zero points of a thread's rows.
@@ -65,13 +70,13 @@ struct A8 {
     float scale[Tile::kColumns][2];
     int32_t zero[Tile::kColumns][2];
 
-    TM_DEVICE RowValues(const GemmParams<A8>& p, int first_row, const Place<Tile>& place) {
+    TM_DEVICE RowValues(const GemmParams<A8>& p, const TileRows& tile, const Place<Tile>& place) {
       TM_UNROLL
       for (int c = 0; c < Tile::kColumns; ++c)
         TM_UNROLL
         for (int i = 0; i < 2; ++i) {
-          const int row = first_row + place.first_row() + 8 * c + 2 * place.t + i;
-          const bool inside = row < p.x.rows;
+          const int row = tile.first + place.first_row() + 8 * c + 2 * place.t + i;
+          const bool inside = row < tile.end;
           scale[c][i] = inside ? load_global(p.finish.x_scale + row) : 0.0f;
           zero[c][i] = inside && p.finish.x_zero ? load_global(p.finish.x_zero + row) : 0;
         }
@@ -79,17 +84,17 @@ struct A8 {
   };
 
   template <class Tile>
-  TM_DEVICE static void finish(const GemmParams<A8>& p, int first_row, int first_channel, const Place<Tile>& place,
-                               const Accumulators<Tile, float>& total) {
-    const RowValues<Tile> rows(p, first_row, place);
-    write_output<Tile>(p.finish.y_type, p.y, first_row, first_channel, place,
+  TM_DEVICE static void finish(const GemmParams<A8>& p, const TileRows& tile, int first_channel,
+                               const Place<Tile>& place, const Accumulators<Tile, float>& total) {
+    const RowValues<Tile> rows(p, tile, place);
+    write_output<Tile>(p.finish.y_type, p.y, tile, first_channel, place,
                        [&](int s, int c, int i) { return cuda::multiply(total[s][c][i], rows.scale[c][i % 2]); });
   }
 
   template <class Tile>
-  TM_DEVICE static void finish(const GemmParams<A8>& p, int first_row, int first_channel, const Place<Tile>& place,
-                               const Accumulators<Tile, int32_t>& sums) {
-    const RowValues<Tile> rows(p, first_row, place);
+  TM_DEVICE static void finish(const GemmParams<A8>& p, const TileRows& tile, int first_channel,
+                               const Place<Tile>& place, const Accumulators<Tile, int32_t>& sums) {
+    const RowValues<Tile> rows(p, tile, place);
     const int block = first_channel / kBlockChannels + place.first_slab() / kBlockSlabs;
     const bool inside = block < p.blocks;
     // A thread's channels of all its slabs lie side by side.
@@ -101,7 +106,7 @@ struct A8 {
       scale[i] = inside ? load_scale(p.finish.scale_type, p.finish.scale, at + i) : 0.0f;
       weights[i] = inside && p.finish.x_zero ? load_global(p.finish.weight_sum + at + i) : 0;
     }
-    write_output<Tile>(p.finish.y_type, p.y, first_row, first_channel, place, [&](int s, int c, int i) {
+    write_output<Tile>(p.finish.y_type, p.y, tile, first_channel, place, [&](int s, int c, int i) {
       const int channel = 2 * s + i / 2;
       const int32_t beyond = product(rows.zero[c][i % 2], weights[channel]);
       const float sum = to_float(add(sums[s][c][i], product(beyond, -1)));

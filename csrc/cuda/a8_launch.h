@@ -11,7 +11,7 @@ template <int Bits>
 GemmParams<A8<Bits>> a8_params(const LinearA8& args, const LinearPlan& plan) {
   const Linear& a = args.linear;
   GemmParams<A8<Bits>> p = gemm_params<A8<Bits>>(a, plan);
-  p.x = {static_cast<const Vec4*>(a.x), static_cast<int>(a.rows), p.slabs};
+  p.x = {static_cast<const Vec4*>(a.x), p.slabs};
   p.finish = {args.x_scale, args.x_zero, a.scale, args.weight_sum, args.scale_type, {a.dtype == DType::bf16}};
   return p;
 }

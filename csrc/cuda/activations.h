@@ -27,19 +27,19 @@ struct SharedRows {
   }
 };
 
-/// x [rows, k] of 16-bit elements, `stride` elements from row to row. `vectors`: every row starts at a multiple of 16
+/// x [., k] of 16-bit elements, `stride` elements from row to row. `vectors`: every row starts at a multiple of 16
 /// bytes.
 struct Rows16 {
   const uint16_t* x;
   int64_t stride;
-  int rows, k;
+  int k;
   bool vectors;
 };
 
 /// Codes of x as quantize.h writes them: rows of whole slabs, 64 bytes each.
 struct Codes8 {
   const Vec4* codes;
-  int rows, slabs;
+  int slabs;
 };
 
 /// The rows of a tile that a thread brings to shared memory, chunk by chunk.
@@ -51,50 +51,103 @@ struct LoaderShare {
   static_assert(kStepRows % 8 == 0, "the rows of a thread's chunks are a multiple of 8 apart: their places are the same");
 };
 
-/// A thread's part in bringing slabs of the rows from first_row on to shared memory; zeros where x ends.
+/// Rows of experts: row r of the product is row sorted[r] / top_k of x, or row r itself where sorted is nullptr.
+struct RoutedRows16 {
+  Rows16 rows;
+  const int32_t* sorted;
+  int top_k;
+
+  TM_DEVICE int source(int row) const { return sorted ? load_global(sorted + row) / top_k : row; }
+};
+
+/// A thread's part in bringing slabs of a block's rows to shared memory; zeros where they end.
 template <class Tile, class Source>
 class ActivationLoader;
 
+/// What x of 16-bit elements has in common, whichever row is where: `Row` gives the address of the first element of
+/// k that a thread has, of its j-th row.
 template <class Tile>
-class ActivationLoader<Tile, Rows16> : LoaderShare<Tile, 128> {
+class Loader16 : protected LoaderShare<Tile, 128> {
+ protected:
   using Share = LoaderShare<Tile, 128>;
 
- public:
-  TM_DEVICE ActivationLoader(const Rows16& in, int first_row, int thread)
-      : in_(in), row_(first_row + thread / Share::kRowChunks), k_(thread % Share::kRowChunks * 8), thread_(thread),
-        from_(in.x + row_ * in.stride + k_),
-        place_(SharedRows<128>::offset(thread / Share::kRowChunks, thread % Share::kRowChunks)) {}
+  TM_DEVICE Loader16(const Rows16& in, const TileRows& rows, int thread)
+      : in_(in), row_(rows.first + thread / Share::kRowChunks), end_(rows.end), k_(thread % Share::kRowChunks * 8),
+        thread_(thread), place_(SharedRows<128>::offset(thread / Share::kRowChunks, thread % Share::kRowChunks)) {}
 
-  /// Starts to bring slab `slab` to the tile at `to`.
-  TM_DEVICE void load(int slab, uint32_t to) const {
-    const int k = slab * kSlabK + k_;
-    if (!in_.vectors) return gather(k, to);
-    const int left = in_.k - k < 8 ? in_.k - k : 8;
+  template <class Row>
+  TM_DEVICE void bring(int slab, uint32_t to, const Row& row) const {
+    const int k = slab * kSlabK + k_, left = in_.k - k < 8 ? in_.k - k : 8;
     share<Share::kChunks, Tile::kThreads>(thread_, [&](int, int j) {
-      const bool inside = row_ + j * Share::kStepRows < in_.rows && left > 0;
-      cp_async_16(to + place(j), inside ? from_ + j * Share::kStepRows * in_.stride + slab * kSlabK : in_.x,
-                  inside ? 2 * left : 0);
+      const bool inside = is_row(j) && left > 0;
+      cp_async_16(to + place(j), inside ? row(j) + slab * kSlabK : in_.x, inside ? 2 * left : 0);
     });
   }
 
- private:
-  TM_DEVICE uint32_t place(int j) const { return place_ + static_cast<uint32_t>(j * Share::kStepRows * 128); }
-
   /// Element by element, for rows that start anywhere. Slow, and so kept small.
-  TM_DEVICE void gather(int k, uint32_t to) const {
+  template <class Row>
+  TM_DEVICE void gather(int slab, uint32_t to, const Row& row) const {
+    const int k = slab * kSlabK + k_;
     TM_NO_UNROLL
     for (int i = 0; thread_ + i / 8 * Tile::kThreads < Share::kChunks; ++i) {
       const int j = i / 8, e = i % 8;
-      const bool inside = row_ + j * Share::kStepRows < in_.rows && k + e < in_.k;
-      const uint16_t x = inside ? load_global(from_ + j * Share::kStepRows * in_.stride + k - k_ + e) : 0;
+      const uint16_t x = is_row(j) && k + e < in_.k ? load_global(row(j) + slab * kSlabK + e) : 0;
       store_shared_16(to + place(j) + static_cast<uint32_t>(2 * e), x);
     }
   }
 
+  TM_DEVICE bool is_row(int j) const { return row_ + j * Share::kStepRows < end_; }
+  TM_DEVICE uint32_t place(int j) const { return place_ + static_cast<uint32_t>(j * Share::kStepRows * 128); }
+
   const Rows16& in_;
-  int row_, k_, thread_;
-  const uint16_t* from_;
+  int row_, end_, k_, thread_;
   uint32_t place_;
+};
+
+template <class Tile>
+class ActivationLoader<Tile, Rows16> : Loader16<Tile> {
+  using Base = Loader16<Tile>;
+
+ public:
+  TM_DEVICE ActivationLoader(const Rows16& in, const TileRows& rows, int thread)
+      : Base(in, rows, thread), from_(in.x + Base::row_ * in.stride + Base::k_) {}
+
+  /// Starts to bring slab `slab` to the tile at `to`.
+  TM_DEVICE void load(int slab, uint32_t to) const {
+    const auto row = [&](int j) { return from_ + j * Base::Share::kStepRows * Base::in_.stride; };
+    if (!Base::in_.vectors) return Base::gather(slab, to, row);
+    Base::bring(slab, to, row);
+  }
+
+ private:
+  const uint16_t* from_;
+};
+
+template <class Tile>
+class ActivationLoader<Tile, RoutedRows16> : Loader16<Tile> {
+  using Base = Loader16<Tile>;
+
+ public:
+  TM_DEVICE ActivationLoader(const RoutedRows16& in, const TileRows& rows, int thread)
+      : Base(in.rows, rows, thread), routed_(in) {
+    TM_UNROLL
+    for (int j = 0; j < kRows; ++j) source_[j] = Base::is_row(j) ? in.source(number(j)) : 0;
+  }
+
+  TM_DEVICE void load(int slab, uint32_t to) const {
+    const auto from = [&](int source) { return Base::in_.x + source * Base::in_.stride + Base::k_; };
+    // The slow way's j is not known while compiling, and would put the rows into memory.
+    if (!Base::in_.vectors) return Base::gather(slab, to, [&](int j) { return from(routed_.source(number(j))); });
+    Base::bring(slab, to, [&](int j) { return from(source_[j]); });
+  }
+
+ private:
+  static constexpr int kRows = (Base::Share::kChunks + Tile::kThreads - 1) / Tile::kThreads;
+
+  TM_DEVICE int number(int j) const { return Base::row_ + j * Base::Share::kStepRows; }
+
+  const RoutedRows16& routed_;
+  int source_[kRows];
 };
 
 template <class Tile>
@@ -102,14 +155,14 @@ class ActivationLoader<Tile, Codes8> : LoaderShare<Tile, 64> {
   using Share = LoaderShare<Tile, 64>;
 
  public:
-  TM_DEVICE ActivationLoader(const Codes8& in, int first_row, int thread)
-      : in_(in), row_(first_row + thread / Share::kRowChunks), thread_(thread),
+  TM_DEVICE ActivationLoader(const Codes8& in, const TileRows& rows, int thread)
+      : in_(in), row_(rows.first + thread / Share::kRowChunks), end_(rows.end), thread_(thread),
         from_(in.codes + int64_t{row_} * in.slabs * Share::kRowChunks + thread % Share::kRowChunks),
         place_(SharedRows<64>::offset(thread / Share::kRowChunks, thread % Share::kRowChunks)) {}
 
   TM_DEVICE void load(int slab, uint32_t to) const {
     share<Share::kChunks, Tile::kThreads>(thread_, [&](int, int j) {
-      const bool inside = row_ + j * Share::kStepRows < in_.rows;
+      const bool inside = row_ + j * Share::kStepRows < end_;
       const int64_t at = (int64_t{j} * Share::kStepRows * in_.slabs + slab) * Share::kRowChunks;
       cp_async_16(to + place_ + static_cast<uint32_t>(j * Share::kStepRows * 64), inside ? from_ + at : in_.codes,
                   inside ? kChunkBytes : 0);
@@ -118,7 +171,7 @@ class ActivationLoader<Tile, Codes8> : LoaderShare<Tile, 64> {
 
  private:
   const Codes8& in_;
-  int row_, thread_;
+  int row_, end_, thread_;
   const Vec4* from_;
   uint32_t place_;
 };

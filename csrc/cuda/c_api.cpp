@@ -55,6 +55,7 @@ int tm_cuda_pack_weights(const tm_cuda_pack* args, char* error, size_t error_byt
   pack.scale = args->scale;
   pack.scale_stride = l.groups;
   pack.scale_size = args->scale_bytes;
+  pack.gate_up = args->gate_up;
   pack.zero_point = static_cast<const uint32_t*>(args->zero_point);
   pack.zero_point_stride = l.groups;
   pack.weight_out = static_cast<uint32_t*>(args->weight_out);
@@ -90,4 +91,12 @@ int tm_cuda_quantize_x(const cuda::QuantizeX* args, void* stream, char* error, s
 int tm_cuda_a8_linear(const cuda::LinearA8* args, const cuda::LinearPlan* plan, void* stream, char* error,
                       size_t error_bytes) {
   return report(cuda::a8_linear(*args, *plan, stream), error, error_bytes);
+}
+
+int tm_cuda_plan_moe_tile(int64_t tokens, int64_t top_k, int64_t experts) {
+  return cuda::plan_moe_tile(tokens, top_k, experts);
+}
+int64_t tm_cuda_moe_bytes(const cuda::Moe* args, int tile) { return cuda::moe_bytes(*args, tile); }
+int tm_cuda_w4a16_moe(const cuda::Moe* args, int tile, void* stream, char* error, size_t error_bytes) {
+  return report(cuda::w4a16_moe(*args, tile, stream), error, error_bytes);
 }

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The backend behind C functions, for callers without C++: the tests, scripts on a machine with a GPU and no torch.
 // Functions that can fail write why, a terminated string, to `error` and return 1; 0 is success. Structs are those of
-// linear.h, whose members have C's layout.
+// linear.h and moe.h, whose members have C's layout.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "linear.h"
+#include "moe.h"
 
 extern "C" {
 
@@ -15,11 +16,13 @@ extern "C" {
 
 /// The tensors of tm_cuda_pack_weights and their sizes. codes: int32 words of `bits` bits [n, ceil(k * bits / 32)], or,
 /// with bits 0, int8 [n, k], the only ones of a layout of 8 bits; scale [n, groups] of scale_bytes, 2 or 4, each;
-/// zero_point int32 [ceil(n * bits / 32), groups] or nullptr. sums_out: of 8 bits, else nullptr. Host memory.
+/// zero_point int32 [ceil(n * bits / 32), groups] or nullptr. gate_up: 0, or I, the rows then being I gates and I ups of
+/// a gated expert and layout.n = 2 * (I up to a multiple of 16). sums_out: of 8 bits, else nullptr. Host memory.
 struct tm_cuda_pack {
   turbo::cuda::Layout layout;
   int64_t bits;
   int64_t scale_bytes;
+  int64_t gate_up;
   const void* codes;
   const void* scale;
   const void* zero_point;
@@ -49,5 +52,8 @@ TM_EXPORT int64_t tm_cuda_code_bytes(int64_t rows, int64_t k);
 TM_EXPORT int tm_cuda_quantize_x(const turbo::cuda::QuantizeX* args, void* stream, char* error, size_t error_bytes);
 TM_EXPORT int tm_cuda_a8_linear(const turbo::cuda::LinearA8* args, const turbo::cuda::LinearPlan* plan, void* stream,
                                 char* error, size_t error_bytes);
+TM_EXPORT int tm_cuda_plan_moe_tile(int64_t tokens, int64_t top_k, int64_t experts);
+TM_EXPORT int64_t tm_cuda_moe_bytes(const turbo::cuda::Moe* args, int tile);
+TM_EXPORT int tm_cuda_w4a16_moe(const turbo::cuda::Moe* args, int tile, void* stream, char* error, size_t error_bytes);
 
 }  // extern "C"

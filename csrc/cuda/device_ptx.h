@@ -196,6 +196,10 @@ TM_DEVICE int32_t add(int32_t a, int32_t b) {
 /// Of a number and a NaN, the number.
 TM_DEVICE float smaller(float a, float b) { return fminf(a, b); }
 TM_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+/// Within a few units in the last place.
+TM_DEVICE float exponential(float v) { return expf(v); }
+TM_DEVICE float hyperbolic_tangent(float v) { return tanhf(v); }
+TM_DEVICE float erf_complement(float v) { return erfcf(v); }
 /// The nearest integer, halves to even.
 TM_DEVICE int32_t round_to_int(float v) { return __float2int_rn(v); }
 TM_DEVICE float to_float(int32_t v) { return __int2float_rn(v); }

@@ -18,7 +18,9 @@
 //            kWeightBits, kRowBytes, kSteps    bits of a weight, bytes of a row of x in a slab, steps of a slab
 //            start, group_sum      a group's accumulator before its products; the float that it means after them
 //            zero_points, fragment, multiply   ZeroPoints of two codes; weights of a step; one tensor-core product
-//            scale_type, finish    the type of scales of 16 bits; the tile's sums to y
+//            scale_type, finish, Output   the type of scales of 16 bits; the tile's sums to y, and how through shared memory
+//            rows                  the rows of x that the block has, and the expert whose weights they meet: several
+//                                  experts' weights, scales and zero points lie one after another
 #pragma once
 
 #include <string>
@@ -34,6 +36,7 @@ namespace turbo::cuda {
 
 template <class Op>
 struct GemmParams {
+  int rows;  // that the grid covers: of x, or of all tiles of experts
   typename Op::X x;
   Output16 y;
   Slices slices;
@@ -46,6 +49,9 @@ struct GemmParams {
   int scale_rows;
   typename Op::Finish finish;
 };
+
+/// Rows of a product without experts: so many tiles.
+TM_DEVICE TileRows plain_rows(int rows, int tile, int tile_rows) { return {tile * tile_rows, rows, 0, 0}; }
 
 template <class Op, class Tile, Groups kGroups>
 struct Gemm {
@@ -68,7 +74,7 @@ struct Gemm {
   static constexpr int kStageBytes = (kZeros + kTileBlocks * kSlabGroups * kBlockZeroBytes + 127) / 128 * 128;
 
   static constexpr int kThreads = Tile::kThreads, kMinBlocks = Tile::kMinBlocks;
-  static constexpr int kRing = Tile::kStages * kStageBytes, kOutput = OutputTile<Tile>::kSharedBytes;
+  static constexpr int kRing = Tile::kStages * kStageBytes, kOutput = Op::template Output<Tile>::kSharedBytes;
   static constexpr int kSharedBytes = kRing > kOutput ? kRing : kOutput;
 
   static std::string name() {
@@ -83,15 +89,16 @@ struct Gemm {
   /// A thread's part in bringing slabs to stages.
   class Loader {
    public:
-    TM_DEVICE Loader(const Params& p, int tile_n, int first_row, int thread)
-        : p_(p), x_(p.x, first_row, thread), first_block_(tile_n * kTileBlocks), thread_(thread) {}
+    TM_DEVICE Loader(const Params& p, int tile_n, const TileRows& rows, int thread)
+        : p_(p), x_(p.x, rows, thread), first_block_(tile_n * kTileBlocks), expert_block_(rows.expert * p.blocks),
+          thread_(thread) {}
 
     /// Starts to bring slab `slab`, and the scales and zero points of rows `row` on if asked to, to the stage at `to`.
     TM_DEVICE void load(int slab, bool scales, int row, uint32_t to) const {
       share<kTileBlocks * kBlockChunks, kThreads>(thread_, [&](int i, int) {
         const int block = first_block_ + i / kBlockChunks;
         const bool inside = block < p_.blocks;
-        const int64_t at = (static_cast<int64_t>(block) * p_.slabs + slab) * kBlockChunks + i % kBlockChunks;
+        const int64_t at = (static_cast<int64_t>(expert_block_ + block) * p_.slabs + slab) * kBlockChunks + i % kBlockChunks;
         cp_async_16_once(to + static_cast<uint32_t>(i * kChunkBytes), inside ? p_.weight + at : p_.weight,
                          inside ? kChunkBytes : 0);
       });
@@ -113,14 +120,14 @@ struct Gemm {
       share<kTileBlocks * kVectors, kThreads>(thread_, [&](int i, int) {
         const int block = first_block_ + i / kVectors;
         const bool inside = block < p_.blocks;
-        const int64_t at = (static_cast<int64_t>(block) * p_.scale_rows + row) * kRowVectors + i % kVectors;
+        const int64_t at = (static_cast<int64_t>(expert_block_ + block) * p_.scale_rows + row) * kRowVectors + i % kVectors;
         cp_async_16(to + static_cast<uint32_t>(i * kChunkBytes), inside ? from + at : from, inside ? kChunkBytes : 0);
       });
     }
 
     const Params& p_;
     ActivationLoader<Tile, typename Op::X> x_;
-    int first_block_, thread_;
+    int first_block_, expert_block_, thread_;
   };
 
   TM_DEVICE static void spread_zeros(uint32_t zeros, const Place<Tile>& place, Group<Tile>& out) {
@@ -204,14 +211,16 @@ struct Gemm {
   TM_DEVICE static void run(const Params& p) {
     const Place<Tile> place = Place<Tile>::here();
     const int parts = p.slices.apart ? p.slices.count : 1;
-    const int tile_n = block_index_x() / parts, first_row = block_index_y() * Tile::kRows;
+    const int tile_n = block_index_x() / parts;
+    const TileRows rows = Op::rows(p, block_index_y(), Tile::kRows);
+    if (rows.first >= rows.end) return;
     int slice = block_index_x() % parts;
     const int tiles_n = (p.blocks + kTileBlocks - 1) / kTileBlocks;
     const SliceSums<Tile> slices(p.slices, block_index_y() * tiles_n + tile_n, place.thread);
     const int first = slice * p.slices.slabs;
     const int last = p.slices.apart && first + p.slices.slabs < p.slabs ? first + p.slices.slabs : p.slabs;
 
-    const Loader loader(p, tile_n, first_row, place.thread);
+    const Loader loader(p, tile_n, rows, place.thread);
     Turn<Tile::kStages> filled, read;
     GroupTurn ahead(p.group_slabs, kSlabGroups, first);  // of the slab that is loaded next
     const auto load_next = [&](int slab) {
@@ -244,21 +253,18 @@ struct Gemm {
         turn.advance();
       }
       if (kGroups == Groups::large) end_group(p, group, sums, total);
-      if (end == last) {
-        cp_async_wait<0>();
-        sync_threads();  // shared memory is free for other uses
-      }
+      if (end == last) cp_async_wait<0>();
       if constexpr (kOne)
         whole = slices.end_slice(slice, sums, shared_base());
       else
         whole = slices.end_slice(slice, total, shared_base());
     }
     if (!whole) return;
-    sync_threads();
+    sync_threads();  // shared memory is free for other uses
     if constexpr (kOne)
-      Op::finish(p, first_row, tile_n * Tile::kChannels, place, sums);
+      Op::finish(p, rows, tile_n * Tile::kChannels, place, sums);
     else
-      Op::finish(p, first_row, tile_n * Tile::kChannels, place, total);
+      Op::finish(p, rows, tile_n * Tile::kChannels, place, total);
   }
 
   template <class T>

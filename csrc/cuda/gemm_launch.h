@@ -13,8 +13,8 @@ inline bool aligned(const void* pointer, int64_t stride) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride * 2 % 16 == 0;
 }
 
-inline Rows16 rows16(const void* x, int64_t stride, int64_t rows, int64_t k) {
-  return {static_cast<const uint16_t*>(x), stride, static_cast<int>(rows), static_cast<int>(k), aligned(x, stride)};
+inline Rows16 rows16(const void* x, int64_t stride, int64_t k) {
+  return {static_cast<const uint16_t*>(x), stride, static_cast<int>(k), aligned(x, stride)};
 }
 
 /// All but x and the finish.
@@ -22,8 +22,9 @@ template <class Op>
 GemmParams<Op> gemm_params(const Linear& a, const LinearPlan& plan) {
   const Layout& l = a.layout;
   GemmParams<Op> p{};
-  p.y = {static_cast<uint16_t*>(a.y), static_cast<const uint16_t*>(a.bias), a.y_stride, static_cast<int>(a.rows),
-         static_cast<int>(l.n), aligned(a.y, a.y_stride)};
+  p.rows = static_cast<int>(a.rows);
+  p.y = {static_cast<uint16_t*>(a.y), static_cast<const uint16_t*>(a.bias), a.y_stride, static_cast<int>(l.n),
+         aligned(a.y, a.y_stride)};
   p.slices = {plan.slices.count, plan.slices.slabs, plan.apart, static_cast<Vec4*>(a.sums),
               static_cast<uint32_t*>(a.arrived)};
   p.weight = static_cast<const Vec4*>(a.weight);
@@ -40,7 +41,7 @@ template <class Op, class Tile, Groups kGroups>
 Error launch_tile(const GemmParams<Op>& p, Stream stream) {
   const auto tiles = [](int size, int tile) { return static_cast<unsigned>((size + tile - 1) / tile); };
   const unsigned parts = p.slices.apart ? static_cast<unsigned>(p.slices.count) : 1;
-  const Grid grid{tiles(p.blocks * kBlockChannels, Tile::kChannels) * parts, tiles(p.y.rows, Tile::kRows)};
+  const Grid grid{tiles(p.blocks * kBlockChannels, Tile::kChannels) * parts, tiles(p.rows, Tile::kRows)};
   return launch<Gemm<Op, Tile, kGroups>>(grid, p, stream);
 }
 

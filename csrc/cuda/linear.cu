@@ -51,7 +51,7 @@ std::string quantize_x(const QuantizeX& args, void* stream) {
   if (reinterpret_cast<uintptr_t>(args.codes) % 16) return "quantize: codes: expected a multiple of 16 bytes";
   if (!args.given_scale && !args.symmetric && !args.zero) return "quantize: zero: expected memory, given none";
   QuantizeParams p{};
-  p.x = rows16(args.x, args.x_stride, args.rows, args.k);
+  p.x = rows16(args.x, args.x_stride, args.k);
   p.type = {args.dtype == DType::bf16};
   p.given_scale = args.given_scale;
   p.given_zero = args.given_zero;

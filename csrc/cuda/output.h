@@ -7,13 +7,13 @@
 
 namespace turbo::cuda {
 
-/// y [rows, n] of 16-bit elements, `stride` elements from row to row. `vectors`: every row starts at a multiple of 16
+/// y [., n] of 16-bit elements, `stride` elements from row to row. `vectors`: every row starts at a multiple of 16
 /// bytes. bias [n] or nullptr, in y's dtype.
 struct Output16 {
   uint16_t* y;
   const uint16_t* bias;
   int64_t stride;
-  int rows, n;
+  int n;
   bool vectors;
 };
 
@@ -25,12 +25,12 @@ struct OutputTile {
   static constexpr int kChunks = Tile::kChannels / 8;
 };
 
-/// Writes what lies within y of the tile that begins at (first_row, first_channel): value(s, c, i), a float, is what the
+/// Writes what lies within y of the tile that has `rows` and begins at first_channel: value(s, c, i), a float, is what the
 /// thread has for the register i of slab s and column c. Every thread of the block has been through a barrier since
 /// shared memory was last used.
 template <class Tile, class Type, class Value>
-TM_DEVICE void write_output(Type type, const Output16& out, int first_row, int first_channel, const Place<Tile>& place,
-                            const Value& value) {
+TM_DEVICE void write_output(Type type, const Output16& out, const TileRows& rows, int first_channel,
+                            const Place<Tile>& place, const Value& value) {
   using Shared = OutputTile<Tile>;
   TM_UNROLL
   for (int s = 0; s < Tile::kSlabs; ++s)
@@ -53,9 +53,9 @@ TM_DEVICE void write_output(Type type, const Output16& out, int first_row, int f
   share<Tile::kRows * Shared::kChunks, Tile::kThreads>(place.thread, [&](int i, int) {
     const int row = i / Shared::kChunks, channel = i % Shared::kChunks * 8;
     const int left = out.n - first_channel - channel;
-    if (first_row + row >= out.rows || left <= 0) return;
+    if (rows.first + row >= rows.end || left <= 0) return;
     const Vec4 chunk = load_shared_128(shared_base() + static_cast<uint32_t>(row * Shared::kPitch + channel * 2));
-    uint16_t* to = out.y + (first_row + row) * out.stride + first_channel + channel;
+    uint16_t* to = out.y + (rows.first + row) * out.stride + first_channel + channel;
     if (out.vectors && left >= 8) {
       store_global(reinterpret_cast<Vec4*>(to), chunk);
       return;

@@ -22,6 +22,12 @@ struct TileShape {
   static_assert(Stages >= 2);
 };
 
+/// The rows of x that a block has, first .. end - 1 and at most its tile's, and whose weights they meet. None where first
+/// is not below end.
+struct alignas(16) TileRows {
+  int first, end, expert, unused;
+};
+
 /// Where a thread stands in its block.
 template <class Tile>
 struct Place {

@@ -15,6 +15,8 @@ struct W4A16 {
   using X = Rows16;
   using Sum = float;
   struct Finish {};
+  template <class Tile>
+  using Output = OutputTile<Tile>;
 
   static constexpr int kWeightBits = 4, kRowBytes = 128, kSteps = kSlabK / 16;
 
@@ -30,11 +32,14 @@ struct W4A16 {
     mma_m16n8k16(Type{}, sum, a, b);
   }
   TM_DEVICE static Type scale_type(const Finish&) { return {}; }
+  TM_DEVICE static TileRows rows(const GemmParams<W4A16>& p, int tile, int tile_rows) {
+    return plain_rows(p.rows, tile, tile_rows);
+  }
 
   template <class Tile>
-  TM_DEVICE static void finish(const GemmParams<W4A16>& p, int first_row, int first_channel, const Place<Tile>& place,
-                               const Accumulators<Tile, float>& total) {
-    write_output<Tile>(Type{}, p.y, first_row, first_channel, place,
+  TM_DEVICE static void finish(const GemmParams<W4A16>& p, const TileRows& rows, int first_channel,
+                               const Place<Tile>& place, const Accumulators<Tile, float>& total) {
+    write_output<Tile>(Type{}, p.y, rows, first_channel, place,
                        [&](int s, int c, int i) { return total[s][c][i]; });
   }
 };

@@ -20,9 +20,16 @@ Tensor to_host(const Tensor& t) {
   return torch::stable::to(t, torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
-/// Packs tensors of the host; `third` are the sums of 8-bit weights, else zero points or nothing.
+/// Channels of gates and ups, which are filled up to whole tiles apart.
+int64_t gate_up_channels(int64_t n) {
+  constexpr int64_t kTile = cuda::kSlabChannels;
+  return 2 * ((n / 2 + kTile - 1) / kTile * kTile);
+}
+
+/// Packs tensors of the host; `third` are the sums of 8-bit weights, else zero points or nothing. `gates`: how many
+/// rows are gates, 0 for none.
 Outputs pack(const cuda::Layout& layout, int64_t code_bits, const Tensor& codes, const Tensor& scale,
-             const MaybeTensor& zero_point) {
+             const MaybeTensor& zero_point, int64_t gates) {
   const auto made = [](const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
     return torch::stable::new_empty(like, sizes, type);
   };
@@ -47,6 +54,7 @@ Outputs pack(const cuda::Layout& layout, int64_t code_bits, const Tensor& codes,
   pack.scale_out = out.scale.data_ptr();
   pack.zero_out = zero_point ? static_cast<uint32_t*>(out.third.data_ptr()) : nullptr;
   pack.sums_out = sums ? static_cast<int32_t*>(out.third.data_ptr()) : nullptr;
+  pack.gate_up = gates;
   cuda::pack(pack, torch_pool());
   return out;
 }
@@ -59,7 +67,6 @@ std::tuple<Tensor, Tensor, Tensor> on_device_of(const Tensor& t, const Outputs& 
 std::tuple<Tensor, Tensor, Tensor> w4a16_pack(Tensor codes, Tensor scale, MaybeTensor zero_point, int64_t k,
                                               int64_t bits, bool gate_up) {
   constexpr const char* kOp = "w4a16_pack";
-  STD_TORCH_CHECK(!gate_up, kOp, ": argument 'gate_up': experts have no CUDA kernel");
   STD_TORCH_CHECK(bits >= 2 && bits <= 4, kOp, ": argument 'bits': expected 2 to 4, given ", bits);
   STD_TORCH_CHECK(codes.is_cuda() && codes.dim() == 2 && codes.size(0) > 0, kOp,
                   ": argument 'weight_packed': expected [N, ceil(k*", bits,
@@ -68,7 +75,9 @@ std::tuple<Tensor, Tensor, Tensor> w4a16_pack(Tensor codes, Tensor scale, MaybeT
                   text(scale.sizes()));
   const int32_t device = codes.get_device_index();
   const int64_t n = codes.size(0), groups = scale.size(1);
-  const cuda::Layout layout = cuda_layout(kOp, n, k, groups, 4);
+  STD_TORCH_CHECK(!gate_up || n % 2 == 0, kOp, ": argument 'weight_packed': expected as many gate as up rows, given ", n,
+                  " rows");
+  const cuda::Layout layout = cuda_layout(kOp, gate_up ? gate_up_channels(n) : n, k, groups, 4);
   const bool bytes = codes.scalar_type() == ScalarType::Char;
   check_cuda(kOp, "weight_packed", codes, device, bytes ? ScalarType::Char : ScalarType::Int,
              {n, bytes ? k : (k * bits + 31) / 32});
@@ -77,12 +86,13 @@ std::tuple<Tensor, Tensor, Tensor> w4a16_pack(Tensor codes, Tensor scale, MaybeT
   STD_TORCH_CHECK(!(bytes && zero_point), kOp, ": argument 'zero_point': expected none with codes of bytes");
   if (zero_point) check_cuda(kOp, "zero_point", *zero_point, device, ScalarType::Int, {(n * bits + 31) / 32, groups});
   const MaybeTensor host_zero = zero_point ? MaybeTensor(to_host(*zero_point)) : MaybeTensor();
-  return on_device_of(codes, pack(layout, bits, to_host(codes), to_host(scale), host_zero));
+  const int64_t gates = gate_up ? n / 2 : 0;
+  return on_device_of(codes, pack(layout, bits, to_host(codes), to_host(scale), host_zero, gates));
 }
 
 std::tuple<Tensor, Tensor, Tensor> w8a8_pack(Tensor weight, Tensor scale, bool gate_up) {
   constexpr const char* kOp = "w8a8_pack";
-  STD_TORCH_CHECK(!gate_up, kOp, ": argument 'gate_up': experts have no CUDA kernel");
+  STD_TORCH_CHECK(!gate_up, kOp, ": argument 'gate_up': experts of W8A8 have no CUDA kernel");
   STD_TORCH_CHECK(weight.is_cuda() && weight.dim() == 2 && weight.numel() > 0, kOp,
                   ": argument 'weight': expected shape [N, K], neither 0, on a CUDA device, given ",
                   text(weight.sizes()));
@@ -91,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor> w8a8_pack(Tensor weight, Tensor scale, bool g
   const cuda::Layout layout = cuda_layout(kOp, n, k, 1, 8);
   check_cuda(kOp, "weight", weight, device, ScalarType::Char, {n, k});
   check_cuda(kOp, "scale", scale, device, ScalarType::Float, {n, 1});
-  return on_device_of(weight, pack(layout, 8, to_host(weight), to_host(scale), {}));
+  return on_device_of(weight, pack(layout, 8, to_host(weight), to_host(scale), {}, 0));
 }
 
 }  // namespace

@@ -2,10 +2,9 @@
 // Bindings of the routed experts: argument checks, then one call into csrc/cpu.
 #include "../cpu/moe.h"
 
-#include <iterator>
 #include <vector>
 
-#include "binding.h"
+#include "moe_binding.h"
 
 namespace {
 
@@ -54,17 +53,6 @@ Experts check_experts(const Scheme& s, const std::string& name, int64_t experts,
           s.integer() ? static_cast<const uint32_t*>(more) : nullptr,
           bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
           s.integer() ? nullptr : static_cast<const float*>(more)};
-}
-
-Activation activation_of(const char* op, const std::string& name, double alpha, double beta, double limit) {
-  for (size_t i = 0; i < std::size(kActivationNames); ++i)
-    if (name == kActivationNames[i])
-      return {static_cast<ActivationKind>(i), static_cast<float>(alpha), static_cast<float>(beta),
-              static_cast<float>(limit)};
-  std::string known;
-  for (const char* one : kActivationNames) known += (known.empty() ? "" : ", ") + std::string(one);
-  STD_TORCH_CHECK(false, op, ": argument 'activation': expected one of {", known, "}, given '", name, "'");
-  return {};
 }
 
 /// Indices into the weights, -1 for experts that are elsewhere; memory of this thread, for its next call too.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans of launches for tests: few or many slices, apart or through, on any tile."""
 
-from sim_structs import Layout, Plan
+from c_structs import Layout, Plan
 
 TILES = 5
 # Slices of K, and whether each has blocks of its own.

@@ -1,69 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA backend on the simulator, through its C interface: packing on the host, arrays in
-simulated device memory, launches. A fault of a kernel is a SimulatorError."""
+"""The CUDA backend on the simulator. A fault of a kernel is a DeviceError that names kernel, block,
+thread and address."""
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from cuda_build import build
-from sim_structs import Layout, Linear, LinearA8, Pack, Plan, QuantizeX
+from cuda_device import Device
 from torch import Tensor
 
-DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 ASCENDING, DESCENDING, SHUFFLED = range(3)
-_ERROR_BYTES = 4096
-_RUN = 16  # codes of x that change places among each other, as csrc/cuda/layout.h has it
 
 
-class SimulatorError(RuntimeError):
-    """What a kernel did wrong, or why it was not started."""
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Weights in the device's layout, on the host. zero and sums are None where there are none."""
-
-    layout: Layout
-    weight: Tensor
-    scale: Tensor
-    zero: Tensor | None = None
-    sums: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where rows lie: `pad` elements that belong to no row follow each row of x (NaN) and of y
-    (which must stay unwritten); both begin `shift` bytes after a multiple of 256."""
-
-    pad: int = 0
-    shift: int = 0
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """How x becomes codes: scale float32 [1] and zero_point int32 [1] where they are given."""
-
-    symmetric: bool = True
-    scale: Tensor | None = None
-    zero_point: Tensor | None = None
-
-    @property
-    def has_zeros(self) -> bool:
-        """True if rows have zero points."""
-        return self.zero_point is not None or not (self.symmetric or self.scale is not None)
-
-
-class Device:
-    """The library on the simulator; `repository` is the root of the source tree."""
+class Simulator(Device):
+    """`repository` is the root of the source tree."""
 
     def __init__(self, repository: Path) -> None:
         sources = repository / "csrc" / "cuda"
-        library = build(
+        path = build(
             repository,
             "sim_library",
             [
@@ -75,248 +33,63 @@ class Device:
             ["-shared"],
             ("csrc/cuda", "csrc/cpu"),
         )
-        self._library = ctypes.CDLL(str(library))
-        pointer, size = ctypes.c_void_p, ctypes.c_int64
-        for name, result, *arguments in (
-            ("sim_allocate", ctypes.c_uint64, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t),
-            ("sim_release", None, ctypes.c_uint64),
-            ("sim_copy_in", None, ctypes.c_uint64, pointer, ctypes.c_size_t),
-            ("sim_copy_out", None, pointer, ctypes.c_uint64, ctypes.c_size_t),
-            ("tm_cuda_sums_bytes", size, pointer, pointer, size),
-            ("tm_cuda_arrived_words", size, pointer, pointer, size),
-            ("tm_cuda_code_bytes", size, size, size),
-            ("tm_cuda_plan_linear", None, pointer, size, ctypes.c_int, pointer),
-        ):
-            function = getattr(self._library, name)
-            function.restype = result
-            function.argtypes = arguments
-
-    def _call(self, name: str, *arguments: object) -> None:
-        error = ctypes.create_string_buffer(_ERROR_BYTES)
-        function = getattr(self._library, name)
-        if function(*arguments, error, ctypes.c_size_t(_ERROR_BYTES)):
-            raise SimulatorError(error.value.decode())
-
-    @property
-    def tiles(self) -> int:
-        """How many tile shapes there are."""
-        return self._library.tm_cuda_tile_count()
-
-    def tile_rows(self, tile: int) -> int:
-        """Rows of x that a tile covers."""
-        return self._library.tm_cuda_tile_rows(tile)
-
-    def pack(
-        self,
-        codes: Tensor,
-        scale: Tensor,
-        zero_point: Tensor | None,
-        k: int,
-        bits: int,
-        width: int = 4,
-    ) -> Packed:
-        """A checkpoint's tensors, as the CPU's packing ops take them, in the device's layout of
-        `width` bits."""
-        layout = Layout(codes.shape[0], k, scale.shape[1], width)
-        sizes = [ctypes.c_int64() for _ in range(3)]
-        self._call("tm_cuda_pack_sizes", ctypes.byref(layout), *map(ctypes.byref, sizes))
-        weight = torch.full((sizes[0].value,), -1, dtype=torch.int32)
-        packed_scale = torch.full((sizes[1].value,), float("nan"), dtype=scale.dtype)
-        zero = None if zero_point is None else torch.full((sizes[2].value,), -1, dtype=torch.int32)
-        sums = torch.full((sizes[1].value,), -1, dtype=torch.int32) if width == 8 else None
-        tensors = (codes, scale, zero_point, weight, packed_scale, zero, sums)
-        args = Pack(
-            layout,
-            0 if codes.dtype == torch.int8 else bits,
-            scale.element_size(),
-            *(None if t is None else t.data_ptr() for t in tensors),
-        )
-        self._call("tm_cuda_pack_weights", ctypes.byref(args))
-        return Packed(layout, weight, packed_scale, zero, sums)
-
-    def plan(self, layout: Layout, rows: int, multiprocessors: int = 132) -> Plan:
-        """What the backend would launch on a device of so many multiprocessors."""
-        plan = Plan()
-        self._library.tm_cuda_plan_linear(
-            ctypes.byref(layout), rows, multiprocessors, ctypes.byref(plan)
-        )
-        return plan
+        super().__init__(ctypes.CDLL(str(path)))
+        address, count, text = ctypes.c_uint64, ctypes.c_size_t, ctypes.c_char_p
+        self.declare("sim_allocate", address, count, text, count)
+        self.declare("sim_release", None, address)
+        self.declare("sim_copy_in", None, address, ctypes.c_void_p, count)
+        self.declare("sim_copy_out", None, ctypes.c_void_p, address, count)
+        self.declare("sim_take_sites", count, text, count)
+        self.declare("sim_leave_out", None, text)
 
     @contextmanager
     def array(self, name: str, value: Tensor | int | None, shift: int = 0) -> Iterator[int | None]:
-        """An address that holds a tensor, or so many bytes that nothing has written."""
         if value is None:
             yield None
             return
         count = value if isinstance(value, int) else value.numel() * value.element_size()
-        address = self._library.sim_allocate(count, name.encode(), shift)
+        address = self.library.sim_allocate(count, name.encode(), shift)
         if isinstance(value, Tensor):
             assert value.is_contiguous()
-            self._library.sim_copy_in(address, value.data_ptr(), count)
+            self.library.sim_copy_in(address, value.data_ptr(), count)
         try:
             yield address
         finally:
-            self._library.sim_release(address)
+            self.library.sim_release(address)
 
     def read(self, address: int, *shape: int, dtype: torch.dtype) -> Tensor:
-        """What lies at an address, written or not."""
         out = torch.empty(shape, dtype=dtype)
-        self._library.sim_copy_out(out.data_ptr(), address, out.numel() * out.element_size())
+        self.library.sim_copy_out(out.data_ptr(), address, out.numel() * out.element_size())
         return out
 
     def set_order(self, order: int, seed: int = 0) -> None:
         """The order in which blocks and warps get their turns from now on."""
-        self._library.sim_set_order(order, ctypes.c_uint32(seed))
+        self.library.sim_set_order(order, ctypes.c_uint32(seed))
 
     def counts(self) -> dict[str, int]:
         """Instructions since the last call."""
         numbers = (ctypes.c_uint64 * 3)()
-        self._library.sim_counts(numbers)
+        self.library.sim_counts(numbers)
         return dict(zip(("mma", "ldmatrix", "ldmatrix_conflicts"), numbers, strict=True))
 
-    @contextmanager
-    def _rows(self, x: Tensor, place: Place) -> Iterator[int]:
-        wide = torch.full((x.shape[0], x.shape[1] + place.pad), float("nan"), dtype=x.dtype)
-        wide[:, : x.shape[1]] = x
-        with self.array("x", wide, place.shift) as address:
-            assert address is not None
-            yield address
+    def take_sites(self) -> list[str]:
+        """Places in the kernels' sources that waited since the last call: barriers, waits for
+        copies, fences."""
+        text = ctypes.create_string_buffer(1 << 16)
+        assert self.library.sim_take_sites(text, len(text)) < len(text)
+        return text.value.decode().splitlines()
 
     @contextmanager
-    def _quantized(
-        self, x: Tensor, rounding: Rounding, place: Place
-    ) -> Iterator[tuple[int, int, int | None]]:
-        """Addresses of the codes of x [M, K], of their scales and of their zero points."""
-        rows, k = x.shape
-        with ExitStack() as stack:
-            enter = stack.enter_context
-            scale = enter(self.array("x_scale", 4 * rows))
-            zero = enter(self.array("x_zero", 4 * rows if rounding.has_zeros else None))
-            codes = enter(self.array("codes", self._library.tm_cuda_code_bytes(rows, k)))
-            with ExitStack() as inputs:
-                enter = inputs.enter_context
-                args = QuantizeX(
-                    DTYPES[x.dtype],
-                    rows,
-                    k,
-                    enter(self._rows(x, place)),
-                    k + place.pad,
-                    enter(self.array("given_scale", rounding.scale)),
-                    enter(self.array("given_zero", rounding.zero_point)),
-                    rounding.symmetric,
-                    codes,
-                    scale,
-                    zero,
-                )
-                self._call("tm_cuda_quantize_x", ctypes.byref(args), None)
-            assert codes is not None
-            assert scale is not None
-            yield codes, scale, zero
-
-    def quantize(
-        self, x: Tensor, rounding: Rounding, place: Place = Place()
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [M, K] as codes int8 [M, K], scales float32 [M, 1] and zero points int32 [M, 1]."""
-        rows, k = x.shape
-        with self._quantized(x, rounding, place) as (codes_at, scale_at, zero_at):
-            wide = -(-k // 64) * 64
-            codes = self.read(codes_at, rows, wide // _RUN, _RUN, dtype=torch.int8)
-            scale = self.read(scale_at, rows, 1, dtype=torch.float32)
-            zero = torch.zeros(rows, 1, dtype=torch.int32)
-            if zero_at is not None:
-                zero = self.read(zero_at, rows, 1, dtype=torch.int32)
-        # Code 4t + i is that of k = 2t + 8 * (i % 2) + i // 2.
-        order = [2 * (p // 4) + 8 * (p % 2) + p % 4 // 2 for p in range(_RUN)]
-        plain = torch.empty_like(codes)
-        plain[..., order] = codes
-        assert not plain.view(rows, wide)[:, k:].any(), "codes beyond K"
-        return plain.view(rows, wide)[:, :k].contiguous(), scale, zero
-
-    def w4a16_linear(
-        self,
-        x: Tensor,
-        packed: Packed,
-        bias: Tensor | None,
-        plan: Plan,
-        place: Place = Place(),
-        launches: int = 1,
-    ) -> Tensor:
-        """y [M, N] of the last of `launches` equal launches; all must give the same bits."""
-        with self._rows(x, place) as x_at:
-
-            def launch(args: Linear) -> None:
-                args.x, args.x_stride = x_at, x.shape[1] + place.pad
-                self._call("tm_cuda_w4a16_linear", ctypes.byref(args), ctypes.byref(plan), None)
-
-            return self._launches(x, packed, bias, plan, place, launches, launch)
-
-    def a8_linear(
-        self,
-        x: Tensor,
-        packed: Packed,
-        bias: Tensor | None,
-        plan: Plan,
-        rounding: Rounding = Rounding(),
-        place: Place = Place(),
-        launches: int = 1,
-    ) -> Tensor:
-        """The same with x rounded to codes first: W4A8 or W8A8, as the weights are."""
-        sums = packed.sums if rounding.has_zeros else None
-        with (
-            self._quantized(x, rounding, place) as (codes, scale, zero),
-            self.array("weight_sum", sums) as sums_at,
-        ):
-
-            def launch(args: Linear) -> None:
-                args.x = codes
-                wide = LinearA8(args, DTYPES[packed.scale.dtype], scale, zero, sums_at)
-                self._call("tm_cuda_a8_linear", ctypes.byref(wide), ctypes.byref(plan), None)
-
-            return self._launches(x, packed, bias, plan, place, launches, launch)
-
-    def _launches(
-        self,
-        x: Tensor,
-        packed: Packed,
-        bias: Tensor | None,
-        plan: Plan,
-        place: Place,
-        launches: int,
-        launch: Callable[[Linear], None],
-    ) -> Tensor:
-        rows, n = x.shape[0], packed.layout.n
-        sizes = (ctypes.byref(plan), ctypes.byref(packed.layout), rows)
-        sums = self._library.tm_cuda_sums_bytes(*sizes)
-        arrived = self._library.tm_cuda_arrived_words(*sizes)
-        counters = torch.zeros(arrived, dtype=torch.int32) if arrived else None
-        result: Tensor | None = None
-        with ExitStack() as stack:
-            enter = stack.enter_context
-            args = Linear(packed.layout, DTYPES[x.dtype], rows, None, 0)
-            args.weight = enter(self.array("weight", packed.weight))
-            args.scale = enter(self.array("scale", packed.scale))
-            args.zero = enter(self.array("zero", packed.zero))
-            args.bias = enter(self.array("bias", bias))
-            args.sums = enter(self.array("sums", sums or None))
-            args.arrived = enter(self.array("arrived", counters))
-            args.y_stride = n + place.pad
-            for _ in range(launches):
-                with self.array("y", rows * (n + place.pad) * 2, place.shift) as y_at:
-                    assert y_at is not None
-                    args.y = y_at
-                    launch(args)
-                    words = self.read(y_at, rows, n + place.pad, dtype=torch.int16)
-                assert (words[:, n:] == -1).all(), "y was written beside its rows"
-                assert result is None or torch.equal(words, result), "two launches differ"
-                result = words
-            if counters is not None:
-                counters = self.read(args.arrived, arrived, dtype=torch.int32)
-                assert not counters.any(), "a counter was not set back"
-        assert result is not None
-        return result[:, :n].contiguous().view(x.dtype)
+    def without(self, site: str) -> Iterator[None]:
+        """Kernels that lack one of these places."""
+        self.library.sim_leave_out(site.encode())
+        try:
+            yield
+        finally:
+            self.library.sim_leave_out(b"")
 
 
 @functools.cache
-def device(repository: Path) -> Device:
+def simulator(repository: Path) -> Simulator:
     """The one library of this process."""
-    return Device(repository)
+    return Simulator(repository)

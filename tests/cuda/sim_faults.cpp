@@ -188,17 +188,45 @@ SIM_TEST(barriers_that_not_all_reach) {
 SIM_TEST(other_blocks_see_what_was_fenced) {
   const Device<uint32_t> values(32, "values"), counter(std::vector<uint32_t>(1, 0), "counter");
   std::vector<uint32_t> seen;
-  const auto pass_on = [&](auto fence) {
+  const auto pass_on = [&](auto fence, auto barrier, auto fence_after) {
     if (block_index_x() == 0) store_global(values.data() + thread_index(), 5u);
     fence();
+    barrier();
+    if (thread_index() == 0) {
+      seen.push_back(atomic_add(counter.data(), 1));
+      fence_after();
+    }
     sync_threads();
-    if (thread_index() == 0) seen.push_back(atomic_add(counter.data(), 1));
     if (block_index_x() == 1) load_global(values.data() + thread_index());
   };
-  expect_clean({2, 32, 0}, [&] { pass_on([] { thread_fence(); }); });
+  const auto with = [] { thread_fence(); };
+  const auto barrier = [] { sync_threads(); };
+  const auto without = [] {};
+  expect_clean({2, 32, 0}, [&] { pass_on(with, barrier, with); });
   check(seen == std::vector<uint32_t>({0, 1}), "atomic_add gives what was there before");
-  expect_fault({"block (1, 0, 0)", "of block number 0 wrote without a __threadfence"}, {2, 32, 0},
-               [&] { pass_on([] {}); });
+  expect_fault({"block (1, 0, 0)", "of block number 0 wrote without a __threadfence after it"}, {2, 32, 0},
+               [&] { pass_on(without, barrier, with); });
+  expect_fault({"block (1, 0, 0)", "without a __threadfence after it before a barrier and the block's next"},
+               {2, 32, 0}, [&] { pass_on(with, without, with); });
+  expect_fault({"block (1, 0, 0)", "that block number 0 wrote, without a __threadfence since this block's last atomic"},
+               {2, 32, 0}, [&] { pass_on(with, barrier, without); });
+}
+
+SIM_TEST(a_place_is_left_out) {
+  const auto barriers = [] {
+    store_shared_32(word(thread_index()), 1);
+    sync_threads();
+    load_shared_32(word(thread_index() ^ 32));
+  };
+  const Shape two_warps{1, 64, 4096};
+  hostsim::take_sites();
+  expect_clean(two_warps, barriers);
+  const std::string site = hostsim::take_sites();
+  check(site.find("sync_threads sim_faults.cpp:") == 0 && site.find('\n') == site.size() - 1, "one place: " + site);
+  hostsim::leave_out(site.substr(0, site.size() - 1));
+  expect_fault({"nothing has written"}, two_warps, barriers);
+  hostsim::leave_out("");
+  expect_clean(two_warps, barriers);
 }
 
 SIM_TEST(orders) {

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from c_structs import Plan
+from cuda_device import Device, DeviceError, Packed, Place, Rounding
 from linear_cases import (
     W8A8,
     X_SCALE,
@@ -22,8 +24,7 @@ from linear_cases import (
     pairwise,
 )
 from plans import SLICES, TILES, plan_of
-from sim_device import DESCENDING, SHUFFLED, Device, Packed, Place, Rounding, SimulatorError
-from sim_structs import Plan
+from sim_device import DESCENDING, SHUFFLED
 from torch import Tensor
 
 from vllm_plugin_tm.kernels import ops, reference_int8
@@ -306,7 +307,7 @@ def test_scales_of_any_dtype(sim: Device, scale_dtype: torch.dtype) -> None:
         assert isinstance(layer, Layer)
         x = make_x(3, 128, torch.bfloat16)
         if group != -1 and scale_dtype == torch.float32:
-            with pytest.raises(SimulatorError, match="expected 16 bits with groups"):
+            with pytest.raises(DeviceError, match="expected 16 bits with groups"):
                 _run(sim, layer, x)
         else:
             assert_right(_run(sim, layer, x), expected(layer, x))
@@ -333,11 +334,11 @@ def test_no_rows(sim: Device) -> None:
 
 def test_sizes_without_a_kernel_are_refused(sim: Device) -> None:
     codes = torch.zeros(64, 128, dtype=torch.int8)
-    with pytest.raises(SimulatorError, match="2 groups: weights of 8 bits have one"):
+    with pytest.raises(DeviceError, match="2 groups: weights of 8 bits have one"):
         sim.pack(codes, torch.ones(64, 2), None, 128, 8, width=8)
     layer = make_layer("w4a8", 16, 8192, 4096, torch.float16)
     assert isinstance(layer, Layer)
-    with pytest.raises(SimulatorError, match="group size 4096: expected at most 2048"):
+    with pytest.raises(DeviceError, match="group size 4096: expected at most 2048"):
         _run(sim, layer, make_x(1, 8192, torch.float16))
     layer = make_layer("w8a8", 16, 128, -1, torch.float16)
     assert isinstance(layer, Layer)
@@ -345,5 +346,5 @@ def test_sizes_without_a_kernel_are_refused(sim: Device) -> None:
     for symmetric, most in ((True, 131071), (False, 65793)):
         packed.layout.k = most + 1
         plan = Plan(0, 1, -(-packed.layout.k // 64))
-        with pytest.raises(SimulatorError, match=f"k = {most + 1}: expected at most {most}"):
+        with pytest.raises(DeviceError, match=f"k = {most + 1}: expected at most {most}"):
             sim.a8_linear(make_x(1, 128, torch.float16), packed, None, plan, Rounding(symmetric))

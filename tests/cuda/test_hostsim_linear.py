@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from c_structs import Layout, Plan
+from cuda_device import Device, DeviceError, Packed, Place
 from linear_cases import (
     Expected,
     Layer,
@@ -18,8 +20,7 @@ from linear_cases import (
     pairwise,
 )
 from plans import SLICES, TILES, plan_of
-from sim_device import DESCENDING, SHUFFLED, Device, Packed, Place, SimulatorError
-from sim_structs import Layout, Plan
+from sim_device import DESCENDING, SHUFFLED
 from torch import Tensor
 
 from vllm_plugin_tm.kernels import ops, reference
@@ -153,8 +154,10 @@ def test_slices_decide_bits(sim: Device) -> None:
 
 
 def test_plans(sim: Device) -> None:
-    """Slices follow from the weights and the device; the tile is the smallest that covers M."""
-    for n, k, groups in ((4096, 4096, 32), (14336, 4096, 128), (576, 1536, 1), (64, 64, 1)):
+    """Slices follow from the weights and the device, and end where groups do; the tile is the
+    smallest that covers M."""
+    sizes = ((4096, 4096, 32), (14336, 4096, 128), (576, 1536, 1), (64, 64, 1), (256, 6144, 6))
+    for n, k, groups in sizes:
         plans = {}
         for rows in (1, 8, 9, 16, 64, 65, 128, 1000, 100_000):
             plan = sim.plan(Layout(n, k, groups), rows)
@@ -163,6 +166,7 @@ def test_plans(sim: Device) -> None:
             assert covered >= rows or plan.tile == TILES - 1
             assert plan.tile == 0 or sim.tile_rows(plan.tile - 1) < rows
             length = plan.slice_slabs
+            assert groups == 1 or length * 64 % (k // groups) == 0
             assert (plan.slices - 1) * length < _slabs(k) <= plan.slices * length
         assert len({(plan.slices, plan.slice_slabs) for plan in plans.values()}) == 1
         assert not plans[100_000].apart
@@ -270,7 +274,7 @@ def test_sizes_without_a_kernel_are_refused(
     sim: Device, n: int, k: int, groups: int, reason: str
 ) -> None:
     codes = torch.zeros(n, -(-k // 8), dtype=torch.int32)
-    with pytest.raises(SimulatorError, match=reason):
+    with pytest.raises(DeviceError, match=reason):
         sim.pack(codes, torch.ones(n, groups, dtype=torch.float16), None, k, 4)
 
 
@@ -285,14 +289,14 @@ def test_sizes_without_a_kernel_are_refused(
 )
 def test_plans_that_fit_not_are_refused(sim: Device, plan: Plan, reason: str) -> None:
     layer = make_layer("w4a16", 70, 128, 64, torch.bfloat16)
-    with pytest.raises(SimulatorError, match=reason):
+    with pytest.raises(DeviceError, match=reason):
         sim.w4a16_linear(make_x(1, 128, torch.bfloat16), _pack(sim, layer), None, plan)
 
 
-def test_the_simulator_sees_an_x_that_is_too_short(sim: Device) -> None:
+def test_the_simulator_sees_an_x_that_is_too_short(simulated: Device) -> None:
     """What is tested here is tested with eyes open: rows that are not there are a fault."""
     layer = make_layer("w4a16", 70, 128, -1, torch.bfloat16)
-    packed = _pack(sim, layer)
+    packed = _pack(simulated, layer)
     packed.layout.k = 192
-    with pytest.raises(SimulatorError, match=r"w4a16<bf16.*out of range"):
-        sim.w4a16_linear(make_x(1, 128, torch.bfloat16), packed, None, _plan(0, 3, 1, False))
+    with pytest.raises(DeviceError, match=r"w4a16<bf16.*out of range"):
+        simulated.w4a16_linear(make_x(1, 128, torch.bfloat16), packed, None, _plan(0, 3, 1, False))

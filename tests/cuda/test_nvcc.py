@@ -25,10 +25,11 @@ class Source:
 PRODUCT = (r"LDGSTS\.E\S*\.BYPASS\S*\.128", r"LDSM\.16\.M88\.4")
 DEQUANTIZES = (r"LOP3\.LUT", "HFMA2")
 SOURCES = {
-    "w4a16_f16": Source(10, (r"HMMA\.16816\.F32 ", *PRODUCT, *DEQUANTIZES)),
+    "experts_f16": Source(10, (r"HMMA\.16816\.F32 ", *PRODUCT, *DEQUANTIZES)),
     "w4a16_bf16": Source(10, (r"HMMA\.16816\.F32\.BF16", *PRODUCT, *DEQUANTIZES)),
     "w4a8": Source(15, (r"IMMA\.16832\.S8\.S8 ", *PRODUCT, r"LOP3\.LUT")),
     "w8a8": Source(5, (r"IMMA\.16832\.S8\.S8 ", *PRODUCT)),
+    "moe": Source(3, ("EXIT",)),  # routing, and the sum over experts
     "linear": Source(1, (r"LDG\.E\.128", r"STG\.E\.128", r"SHFL\.BFLY")),  # the quantizer
 }
 

@@ -156,7 +156,7 @@ def _register_grouped_pack(name: str, bits: int) -> None:
         _check_devices(name, "weight_packed", weight_packed, others)
         groups = scale.shape[1]
         if weight_packed.is_cuda:
-            return _cuda_pack_fake(weight_packed, scale, zero_point, k)
+            return _cuda_pack_fake(weight_packed, scale, zero_point, k, gate_up)
         n = _packed_rows(weight_packed.shape[0], gate_up)
         zero = (n // per_dword, groups) if zero_point is not None else (0,)
         return (
@@ -174,10 +174,12 @@ def cuda_pack_shapes(n: int, k: int, groups: int, bits: int = 4) -> tuple[tuple[
     return (rows, columns * bits // DWORD_BITS), (rows, scales), (rows // 8, scales)
 
 
-def _cuda_pack_fake(weight_packed, scale, zero_point, k):  # type: ignore[no-untyped-def]
+def _cuda_pack_fake(weight_packed, scale, zero_point, k, gate_up):  # type: ignore[no-untyped-def]
     import torch
 
-    weight, steps, zero = cuda_pack_shapes(weight_packed.shape[0], k, scale.shape[1])
+    rows = weight_packed.shape[0]
+    channels = _packed_rows(rows, gate_up) if gate_up else rows
+    weight, steps, zero = cuda_pack_shapes(channels, k, scale.shape[1])
     return (
         weight_packed.new_empty(weight, dtype=torch.int32),
         scale.new_empty(steps),

@@ -133,7 +133,7 @@ void Block::load_global(Address address, void* to, uint32_t bytes) {
   read_global(address, to, bytes);
 }
 
-void Block::read_global(Address address, void* to, uint32_t bytes) {
+void Block::read_global(Address address, void* to, uint32_t bytes, bool atomic) {
   Allocation& a = global(address, bytes, "a load");
   const Address offset = address - a.address;
   for (Address at = offset; at < offset + bytes; ++at)
@@ -143,11 +143,29 @@ void Block::read_global(Address address, void* to, uint32_t bytes) {
   for (Address word = offset / 4; word <= (offset + bytes - 1) / 4; ++word) {
     const Writer& w = a.writers[word];
     if (w.launch != launch_number_) continue;
-    if (w.block != block_number_ && fences_of(w.block, w.thread) == w.fences)
-      fault("a load at " + global_memory().describe(address) + " that thread " + std::to_string(w.thread) +
-            " of block number " + std::to_string(w.block) + " wrote without a __threadfence after it");
+    if (w.block != block_number_) check_published(w, address);
+    if (w.block != block_number_ && !atomic && !fenced_)
+      fault("a load at " + global_memory().describe(address) + " that block number " + std::to_string(w.block) +
+            " wrote, without a __threadfence since this block's last atomic");
   }
   std::memcpy(to, a.bytes.data() + offset, bytes);
+}
+
+void Block::check_published(const Writer& w, Address address) {
+  const size_t thread = grid_thread(w.block, w.thread);
+  if (published_[thread] != w.fences) return;
+  fault("a load at " + global_memory().describe(address) + " that thread " + std::to_string(w.thread) +
+        " of block number " + std::to_string(w.block) + " wrote without a __threadfence after it" +
+        (fences_[thread] == w.fences ? "" : " before a barrier and the block's next atomic"));
+}
+
+/// The running thread does an atomic: whoever sees it sees what it fenced itself, and what others fenced before the
+/// last barrier.
+void Block::publish() {
+  const auto first = static_cast<ptrdiff_t>(grid_thread(block_number_, 0));
+  std::copy_n(fences_at_barrier_.begin() + first, launch_.threads, published_.begin() + first);
+  const size_t own = grid_thread(block_number_, current_->index);
+  published_[own] = fences_[own];
 }
 
 void Block::store_global(Address address, const void* from, uint32_t bytes) {
@@ -165,7 +183,9 @@ void Block::store_global(Address address, const void* from, uint32_t bytes) {
 uint32_t Block::atomic_global(Address address, const std::function<uint32_t(uint32_t)>& change) {
   if (address % 4) fault("an atomic at " + global_memory().describe(address) + " is not aligned to its size");
   uint32_t before = 0;
-  read_global(address, &before, 4);
+  read_global(address, &before, 4, true);
+  fenced_ = false;
+  publish();
   const uint32_t after = change(before);
   Allocation& a = global(address, 4, "an atomic");
   std::memcpy(a.bytes.data() + (address - a.address), &after, 4);

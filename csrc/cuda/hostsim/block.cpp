@@ -76,7 +76,8 @@ void launch(const Launch& what, const std::function<void()>& body) {
 
 Block::Block(const Launch& launch, const std::function<void()>& body)
     : launch_(launch), body_(body), threads_(launch.threads), warps_(launch.threads / kWarp),
-      fences_(size_t{launch.grid[0]} * launch.grid[1] * launch.grid[2] * launch.threads) {}
+      fences_(size_t{launch.grid[0]} * launch.grid[1] * launch.grid[2] * launch.threads), fences_at_barrier_(fences_),
+      published_(fences_) {}
 
 void Block::fault(const std::string& what, unsigned thread) const {
   throw Fault(where(launch_, index_) + " thread " + std::to_string(thread) + ": " + what);
@@ -124,6 +125,7 @@ void Block::run(const unsigned (&index)[3], uint32_t launch_number, uint32_t blo
   shadow_.assign(launch_.shared_bytes, SharedByte{});
   barrier_time_ = ++now_;
   reset_threads();
+  fenced_ = false;
   const std::vector<unsigned> warps = turns(static_cast<unsigned>(warps_.size()));
   for (bool moved = true; moved;) {
     moved = false;
@@ -172,6 +174,8 @@ void Block::sync_threads() {
   if (++waiting_in_barrier_ < threads_.size()) return suspend(Wait::block, "__syncthreads");
   waiting_in_barrier_ = 0;
   barrier_time_ = ++now_;
+  const auto first = static_cast<ptrdiff_t>(grid_thread(block_number_, 0));
+  std::copy_n(fences_.begin() + first, launch_.threads, fences_at_barrier_.begin() + first);
   for (Thread& thread : threads_)
     if (thread.wait == Wait::block) thread.wait = Wait::runnable;
 }

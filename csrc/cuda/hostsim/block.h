@@ -3,7 +3,8 @@
 //
 // What is reported beside wrong addresses: shared memory read before it was written, or while an asynchronous copy is
 // on its way there; two threads at the same byte without a barrier between them; waits that never end; lanes that meet
-// in different instructions; global memory of another block that its writer did not fence.
+// in different instructions; global memory of another block that its writer did not fence, or
+// not before a barrier and the atomic that told of it, or that is read without a fence after that atomic.
 #pragma once
 
 #include <cstdint>
@@ -80,7 +81,10 @@ class Block {
 
   void sync_threads();
   void sync_warp();
-  void fence() { ++fences_of(block_number_, current_->index); }
+  void fence() {
+    ++fences_of(block_number_, current_->index);
+    fenced_ = true;
+  }
 
   /// All 32 lanes bring their operands; the last one calls apply(operands), then all go on.
   using Apply = void (*)(Block& block, void* (&operands)[kWarp]);
@@ -112,8 +116,11 @@ class Block {
   bool ordered(unsigned other, uint32_t time, unsigned thread) const;
   void check_write(uint32_t address, uint32_t bytes, const char* what);
   void finish_copy(const AsyncCopy& copy);
-  void read_global(Address address, void* to, uint32_t bytes);
-  uint32_t& fences_of(uint32_t block, uint32_t thread) { return fences_[size_t{block} * launch_.threads + thread]; }
+  void read_global(Address address, void* to, uint32_t bytes, bool atomic = false);
+  size_t grid_thread(uint32_t block, uint32_t thread) const { return size_t{block} * launch_.threads + thread; }
+  uint32_t& fences_of(uint32_t block, uint32_t thread) { return fences_[grid_thread(block, thread)]; }
+  void publish();
+  void check_published(const Writer& w, Address address);
   Allocation& global(Address address, uint32_t bytes, const char* what) const;
 
   const Launch& launch_;
@@ -122,11 +129,14 @@ class Block {
   uint32_t launch_number_ = 0, block_number_ = 0;
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
-  std::vector<uint32_t> fences_;  // of every thread of the grid
+  // Of every thread of the grid: its fences, those before its block's last barrier, and those before the last atomic of
+  // its block that everyone who sees the atomic sees too.
+  std::vector<uint32_t> fences_, fences_at_barrier_, published_;
   std::vector<unsigned char> shared_;
   std::vector<SharedByte> shadow_;
   Thread* current_ = nullptr;
   unsigned waiting_in_barrier_ = 0;
+  bool fenced_ = false;  // since the block's last atomic: what other blocks fenced before it is seen from here on
   uint32_t now_ = 1, barrier_time_ = 1;
   std::string failure_;
 };

@@ -10,6 +10,7 @@
 #include "block.h"
 #include "floats.h"
 #include "instructions.h"
+#include "sites.h"
 
 #define TM_DEVICE inline
 #define TM_UNROLL
@@ -21,9 +22,17 @@ inline int thread_index() { return static_cast<int>(hostsim::block().thread_inde
 inline int block_index_x() { return static_cast<int>(hostsim::block().index(0)); }
 inline int block_index_y() { return static_cast<int>(hostsim::block().index(1)); }
 
-inline void sync_threads() { hostsim::block().sync_threads(); }
-inline void sync_warp() { hostsim::block().sync_warp(); }
-inline void thread_fence() { hostsim::block().fence(); }
+/// Where a function was called from; no argument of it under nvcc.
+using From = std::source_location;
+inline void sync_threads(const From& from = From::current()) {
+  if (!hostsim::left_out("sync_threads", from)) hostsim::block().sync_threads();
+}
+inline void sync_warp(const From& from = From::current()) {
+  if (!hostsim::left_out("sync_warp", from)) hostsim::block().sync_warp();
+}
+inline void thread_fence(const From& from = From::current()) {
+  if (!hostsim::left_out("thread_fence", from)) hostsim::block().fence();
+}
 
 template <class T>
 T load_global(const T* at) {
@@ -65,8 +74,8 @@ inline void cp_async_16(uint32_t to, const void* from, int read_bytes) {
 inline void cp_async_16_once(uint32_t to, const void* from, int read_bytes) { cp_async_16(to, from, read_bytes); }
 inline void cp_async_commit() { hostsim::block().commit_copies(); }
 template <int Pending>
-void cp_async_wait() {
-  hostsim::block().wait_copies(Pending);
+void cp_async_wait(const From& from = From::current()) {
+  if (!hostsim::left_out("cp_async_wait", from)) hostsim::block().wait_copies(Pending);
 }
 
 inline void ldmatrix_x4(uint32_t (&d)[4], uint32_t row_address) { hostsim::ldmatrix_x4(d, row_address); }
@@ -106,6 +115,9 @@ inline int32_t add(int32_t a, int32_t b) {
 }
 inline float smaller(float a, float b) { return std::fmin(a, b); }
 inline float larger(float a, float b) { return std::fmax(a, b); }
+inline float exponential(float v) { return std::exp(v); }
+inline float hyperbolic_tangent(float v) { return std::tanh(v); }
+inline float erf_complement(float v) { return std::erfc(v); }
 inline int32_t round_to_int(float v) { return static_cast<int32_t>(std::nearbyint(v)); }
 inline float to_float(int32_t v) { return static_cast<float>(v); }
 inline float as_float(uint32_t bits) { return std::bit_cast<float>(bits); }

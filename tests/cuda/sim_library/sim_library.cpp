@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "hostsim/block.h"
+#include "hostsim/sites.h"
 
 namespace hostsim = turbo::hostsim;
 
@@ -23,4 +24,11 @@ void sim_counts(uint64_t* out) {
   out[2] = counts.ldmatrix_conflicts;
   hostsim::total_counts() = {};
 }
+/// Writes hostsim::take_sites(), terminated, if it fits; its length.
+size_t sim_take_sites(char* out, size_t bytes) {
+  const std::string sites = hostsim::take_sites();
+  if (sites.size() < bytes) std::memcpy(out, sites.c_str(), sites.size() + 1);
+  return sites.size();
+}
+void sim_leave_out(const char* site) { hostsim::leave_out(site); }
 }

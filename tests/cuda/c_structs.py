@@ -22,6 +22,7 @@ class Pack(ctypes.Structure):
         ("layout", Layout),
         ("bits", ctypes.c_int64),
         ("scale_bytes", ctypes.c_int64),
+        ("gate_up", ctypes.c_int64),
         *((name, _POINTERS) for name in ("codes", "scale", "zero_point")),
         *((name, _POINTERS) for name in ("weight_out", "scale_out", "zero_out", "sums_out")),
     )
@@ -75,4 +76,40 @@ class LinearA8(ctypes.Structure):
         ("linear", Linear),
         ("scale_type", ctypes.c_int),
         *((name, _POINTERS) for name in ("x_scale", "x_zero", "weight_sum")),
+    )
+
+
+class ExpertWeights(ctypes.Structure):
+    """turbo::cuda::ExpertWeights."""
+
+    _fields_ = (
+        ("layout", Layout),
+        *((name, _POINTERS) for name in ("weight", "scale", "zero", "bias")),
+    )
+
+
+class Activation(ctypes.Structure):
+    """turbo::Activation."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int),
+        *((name, ctypes.c_float) for name in ("alpha", "beta", "limit")),
+    )
+
+
+class Moe(ctypes.Structure):
+    """turbo::cuda::Moe."""
+
+    _fields_ = (
+        ("dtype", ctypes.c_int),
+        *((name, ctypes.c_int64) for name in ("tokens", "top_k", "experts", "known")),
+        *((name, ctypes.c_int64) for name in ("hidden", "intermediate")),
+        ("x", _POINTERS),
+        ("x_stride", ctypes.c_int64),
+        ("w13", ExpertWeights),
+        ("w2", ExpertWeights),
+        ("activation", Activation),
+        *((name, _POINTERS) for name in ("topk_weights", "topk_ids")),
+        ("wide_ids", ctypes.c_bool),
+        *((name, _POINTERS) for name in ("expert_map", "y", "memory")),
     )
