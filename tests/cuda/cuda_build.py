@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 # -O1 builds in half the time of -O2, and the simulator takes most of the time anyway.
 FLAGS = ("-std=c++20", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
@@ -45,21 +46,22 @@ def build(
             for stale in out.glob(f"{name}-{source.stem}-*.o"):
                 if len(stale.stem) == len(made.stem):
                     stale.unlink()
-            # Of its own process: two runs at once must not write one file.
-            partial = made.with_suffix(f".{os.getpid()}")
+            partial = made.with_suffix(".partial")
             subprocess.run([*command, "-o", str(partial)], check=True)
             partial.rename(made)
         return made
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, sources))
-    mark = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:16]
-    result = out / f"{name}-{mark}{'.so' if '-shared' in link else ''}"
-    if not result.exists():
-        for stale in out.glob(f"{name}-????????????????*"):
-            if len(stale.name) == len(result.name):
-                stale.unlink()
-        partial = out / f"{name}-{mark}.{os.getpid()}"
-        subprocess.run([compiler, *link, *map(str, objects), "-o", str(partial)], check=True)
-        partial.rename(result)
+    # Of tests side by side the first builds with all cores, the others wait for it.
+    with FileLock(out / f"{name}.lock"):
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compiled, sources))
+        mark = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:16]
+        result = out / f"{name}-{mark}{'.so' if '-shared' in link else ''}"
+        if not result.exists():
+            for stale in out.glob(f"{name}-????????????????*"):
+                if len(stale.name) == len(result.name):
+                    stale.unlink()
+            partial = out / f"{name}-{mark}.partial"
+            subprocess.run([compiler, *link, *map(str, objects), "-o", str(partial)], check=True)
+            partial.rename(result)
     return result
