@@ -8,6 +8,10 @@
 
 namespace test {
 
+using turbo::Activation;
+using turbo::ActivationKind;
+using turbo::kActivationNames;
+
 struct MoeCase {
   Mode mode;
   int64_t tokens, top_k, experts, hidden, intermediate, group;  // group 0: channels
