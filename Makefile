@@ -45,7 +45,7 @@ serve: ## leave a server with the plugin on up until Ctrl-C (MODEL=folder PORT=n
 setup-test:
 	@exec $(TOOL).setup_env --for demo --for test
 
-test: lint ## set up, lint, and run the whole suite, a real server included (20 minutes at most)
+test: lint ## set up, lint, and run the whole suite, a real server included
 	@$(PYTEST) $(ARGS)
 
 test-fast: setup-test ## the tests that take seconds

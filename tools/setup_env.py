@@ -26,6 +26,9 @@ from tools.venv_state import State, python_of
 PURPOSES = {"demo": "model", "test": "test", "bench": "bench"}
 BROUGHT_ALONG = "tm_brought_along.pth"
 PLUGIN = "vllm_plugin_tm"
+CONFIGURE_AND_BUILD = (
+    'cmake -S "$1" -B "$2" -G Ninja -DCMAKE_BUILD_TYPE=Release && exec cmake --build "$2"'
+)
 # The one that pip installed names another environment's interpreter, which has no plugin.
 VLLM_SCRIPT = """#!/bin/sh
 exec "$(dirname "$0")/python" -m vllm.entrypoints.cli.main "$@"
@@ -217,16 +220,14 @@ def _kernels_meanwhile() -> Iterator[None]:
     """Compiles the kernels into the folder where the plugin is built afterwards: installing vLLM
     takes one core. What goes wrong here goes wrong again, and is reported, when that is done."""
     pip("the build tools", *_build_tools())
-    tools = python_of().parent
+    # scikit-build-core's folder; where it chose another one, only time would be lost.
     build = layout.BUILD / f"cp311-abi3-linux_{platform.machine()}"
-    compile_ = (
-        f'"{tools}/cmake" -S "{layout.ROOT}" -B "{build}" -G Ninja -DCMAKE_BUILD_TYPE=Release '
-        f'-DCMAKE_MAKE_PROGRAM="{tools}/ninja" && exec "{tools}/ninja" -C "{build}"'
-    )
-    environment = {**os.environ, "TM_KERNELS_ONLY": "1"}
+    tools = f"{python_of().parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    environment = {**os.environ, "PATH": tools, "TM_KERNELS_ONLY": "1"}
     layout.LOGS.mkdir(parents=True, exist_ok=True)
     with (layout.LOGS / "kernels.log").open("wb") as log:
-        process = start(["nice", "sh", "-c", compile_], env=environment, output=log)
+        command = ["nice", "sh", "-c", CONFIGURE_AND_BUILD, "sh", layout.ROOT, build]
+        process = start(command, env=environment, output=log)
     try:
         yield
         if process.poll() is None:
