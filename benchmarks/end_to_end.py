@@ -34,7 +34,7 @@ from workers import (
     end_with_this_process,
 )
 
-from vllm_plugin_tm.bench import limits, machine
+from vllm_plugin_tm.bench import amx, limits, machine
 from vllm_plugin_tm.kernels import ops
 
 SCHEMA = 2
@@ -92,6 +92,8 @@ _DEFAULT_ENGINES = {
 def main() -> int:
     """Exit status 0 when measured, 1 when an engine failed, 2 when llama.cpp cannot be had."""
     args = _arguments()
+    if args.no_amx:
+        amx.hide()
     end_with_this_process()
     with contextlib.ExitStack() as stack:
         directory = args.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -128,6 +130,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--decode", type=int, default=128, metavar="TOKENS")
     parser.add_argument("--prefill", type=int, default=512, metavar="TOKENS")
+    parser.add_argument("--no-amx", action="store_true", help="as vllm-tm bench has it")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="for model files, logs and venv")
     args = parser.parse_args()

@@ -13,6 +13,11 @@ from pathlib import Path
 
 import workers
 
+from vllm_plugin_tm.bench import amx
+
+if amx.is_hidden():  # in this process too, and, where they import this file, in its children
+    amx.hide()
+
 
 def load() -> Callable[[int, int], None]:
     """Loads the checkpoint directory that the command line names."""

@@ -8,6 +8,8 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_plugin_tm.bench import amx
+
 _CPU_ROOT = Path("/sys/devices/system/cpu")
 _FALLBACK_LLC = 32 * 2**20  # where the kernel tells nothing: a common size, stated as such
 _FLAGS = (
@@ -26,7 +28,7 @@ _FLAGS = (
 class Machine:
     """The conditions that every number carries. `llc_bytes` is the last-level cache of all usable
     processors together, `llc_known` False where it had to be guessed. `load` is the system's load
-    average of the minute before the run."""
+    average of the minute before the run. `amx_hidden`: it has AMX, and no peer was to use it."""
 
     cpu: str
     flags: tuple[str, ...]
@@ -36,12 +38,14 @@ class Machine:
     llc_known: bool
     versions: dict[str, str]
     load: float
+    amx_hidden: bool = False
 
     @property
     def summary(self) -> str:
         cache = f"{self.llc_bytes / 2**20:.0f} MiB last-level cache"
         guessed = "" if self.llc_known else " (guessed)"
-        return f"{self.cpu}, {self.threads} of {self.cpus} CPUs, {cache}{guessed}"
+        hidden = ", AMX hidden from every peer" if self.amx_hidden else ""
+        return f"{self.cpu}, {self.threads} of {self.cpus} CPUs, {cache}{guessed}{hidden}"
 
 
 def usable_cpus() -> list[int]:
@@ -65,6 +69,7 @@ def describe(threads: int) -> Machine:
         llc_known=llc is not None,
         versions=_versions(),
         load=round(os.getloadavg()[0], 2),
+        amx_hidden=amx.is_hidden() and any(flag.startswith("amx") for flag in flags),
     )
 
 

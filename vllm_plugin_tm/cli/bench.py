@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from rich import progress as bars
 from rich.console import Console
 
-from vllm_plugin_tm.bench import cases, machine, moe_cases, options, plot, schemes
+from vllm_plugin_tm.bench import amx, cases, machine, moe_cases, options, plot, schemes
 from vllm_plugin_tm.bench import timing as effort
 from vllm_plugin_tm.kernels import ops
 
@@ -79,6 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whom to measure (default: %(default)s)",
     )
     add("--isa", metavar="NAME,...", help="instruction sets of our kernel, or all (default: best)")
+    add(
+        "--no-amx",
+        action="store_true",
+        help="peers as on a processor without AMX (our kernels never use it)",
+    )
     add("--threads", type=options.threads, help="default: every processor of this process")
     add(
         "--quick",
@@ -97,6 +102,8 @@ def run(args: argparse.Namespace, more: tuple[Callable, ...] = ()) -> int:
     try:
         if args.plot:
             plot.require()
+        if args.no_amx:
+            amx.hide()
         ops.load()
         measure = _planned(args, more)
     except (ValueError, ops.ExtensionMissingError, plot.PlotUnavailableError) as error:
