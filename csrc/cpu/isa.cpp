@@ -45,9 +45,21 @@ bool has_vbmi() {
   return vbmi;
 }
 
+namespace {
+
+/// Whether vpdpbf16ps does less than two vfmadd231ps of as many products. Intel's processors with AMX start one only
+/// every other cycle, and two multiply-adds a cycle: 188 against 411 GFLOP/s on two cores with the last-level cache of a
+/// Granite Rapids. AMX itself is no sign of them, since virtual machines hide it; Cooper Lake, with one dot a cycle,
+/// lacks VBMI. By model and not by measurement: every process of a model must choose the same.
+bool slow_bf16_dot() { return __builtin_cpu_is("intel") && has_vbmi(); }
+
+}  // namespace
+
 Isa best_isa() {
-  for (int i = kIsas - 1; i > 0; --i)
-    if (isa_supported(static_cast<Isa>(i))) return static_cast<Isa>(i);
+  for (int i = kIsas - 1; i > 0; --i) {
+    const Isa isa = static_cast<Isa>(i);
+    if (isa_supported(isa) && !(isa == Isa::avx512bf16 && slow_bf16_dot())) return isa;
+  }
   return Isa::none;
 }
 

@@ -17,7 +17,7 @@ bool isa_supported(Isa isa);
 /// Whether the processor also permutes bytes (AVX-512 VBMI), as all but the first with BF16 do.
 bool has_vbmi();
 
-/// Best supported one.
+/// Best supported one: the last, but for avx512bf16 where its dot is the slower one.
 Isa best_isa();
 
 /// The name above; "none" where no kernel can run.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peers without AMX, in processes of their own: what is hidden stays hidden for a process's life."""
+"""Peers without AMX, in processes of their own: what is hidden stays so in a process."""
 
 import os
 import subprocess

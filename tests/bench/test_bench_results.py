@@ -11,7 +11,7 @@ from bench_reports import MACHINE, integer_rows, limits, moe_rows, report, rows
 
 from vllm_plugin_tm.bench import results, table
 from vllm_plugin_tm.bench.cases import Format
-from vllm_plugin_tm.bench.limits import buffer_bytes, dot_kind, drift
+from vllm_plugin_tm.bench.limits import DOT_KINDS, buffer_bytes, dot_kind, drift
 from vllm_plugin_tm.bench.schemes import FAMILIES
 from vllm_plugin_tm.quantization.support_matrix import CHANNEL
 
@@ -55,6 +55,8 @@ def test_drift_names_only_what_there_is():
     ("form", "rates", "kind"),
     [
         (Format(dtype="bf16"), {"bf16": 2, "fma32": 1}, "bf16"),
+        (Format(dtype="bf16"), {"bf16": 1, "int8": 4, "fma32": 2}, "fma32"),
+        (Format(dtype="bf16", scheme="w4a8"), {"bf16": 1, "int8": 1, "fma32": 2}, "int8"),
         (Format(dtype="bf16", scheme="w8a16"), {"bf16": 0, "fma32": 1}, "fma32"),
         (Format(dtype="f32"), {"bf16": 2, "int8": 4, "fma32": 1}, "fma32"),
         (Format(dtype="f32", scheme="w4a8"), {"bf16": 2, "int8": 4, "fma32": 1}, "int8"),
@@ -66,13 +68,13 @@ def test_drift_names_only_what_there_is():
     ids=lambda value: value.name if isinstance(value, Format) else None,
 )
 def test_dot_kind_falls_back(form, rates, kind):
-    assert dot_kind(form, rates.get) == kind
+    assert dot_kind(form, rates) == kind
 
 
 @pytest.mark.parametrize(("scheme", "operands"), [("w4a16", "f32"), ("w4a8", "int8")])
 def test_dot_kind_refuses_a_processor_without_any(scheme, operands):
     with pytest.raises(ValueError, match=f"none of the instructions .* for {operands}"):
-        dot_kind(Format(dtype="f32", scheme=scheme), lambda kind: 0)
+        dot_kind(Format(dtype="f32", scheme=scheme), dict.fromkeys(DOT_KINDS, 0.0))
 
 
 def test_limit_buffer_is_four_caches_in_whole_huge_pages():

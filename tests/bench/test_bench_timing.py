@@ -26,15 +26,30 @@ class Clock:
 
 def test_steps_take_turns_and_short_ones_repeat():
     clock, switched = Clock(), []
-    steps = {"long": clock.step("long", 1.0), "short": clock.step("short", 0.25)}
+    steps = {"long": clock.step("long", 1.5), "short": clock.step("short", 0.25)}
     effort = Effort(sample_s=1.0, case_s=0.0, rounds=(2, 9))
     samples = time_in_turns(steps, effort, switched.append, clock)
     warm_up = ["long"] * 2 + ["short"] * 2
-    one_round = ["long"] + ["short"] * 4
+    untimed = ["short"]
+    one_round = ["long"] + untimed + ["short"] * 4
     assert clock.calls == warm_up + one_round * 2
     assert switched == ["long", "short"] * 3
-    assert samples["long"].seconds == (1.0, 1.0)
+    assert samples["long"].seconds == (1.5, 1.5)
     assert samples["short"].seconds == (0.25, 0.25)
+
+
+def test_the_first_call_after_another_step_is_not_timed():
+    clock, others = Clock(), []
+
+    def step():
+        clock.now += 0.25 if others else 3.0
+        others.append(None)
+
+    def switch(name):
+        others.clear()
+
+    effort = Effort(sample_s=1.0, case_s=0.0, rounds=(2, 9))
+    assert time_in_turns({"a": step}, effort, switch, clock)["a"].seconds == (0.25, 0.25)
 
 
 @pytest.mark.parametrize(("case_s", "rounds"), [(0.0, 2), (3.5, 3), (100.0, 9)])

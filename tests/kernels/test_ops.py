@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops as torch sees them: schemas, fakes, torch.compile, the choice of the instruction set."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +12,7 @@ import torch
 from linear_cases import DTYPES, MODES, Layer, make_layer, make_x
 
 from vllm_plugin_tm import envs
+from vllm_plugin_tm.bench import machine
 from vllm_plugin_tm.kernels import ops
 
 pytestmark = pytest.mark.usefixtures("extension")
@@ -109,3 +114,18 @@ def test_the_names_of_instruction_sets_are_the_documented_ones() -> None:
     """Each is accepted by the variable that forces it, and best comes first."""
     isas = ops.cpu_isas()
     assert isas == tuple(name for name in envs.ISAS if name in isas)
+
+
+def test_the_best_is_chosen_but_for_a_bf16_dot_that_is_slower_than_multiply_adds() -> None:
+    """Intel's processors with BF16 and VBMI start a vpdpbf16ps every other cycle only."""
+    info = machine.cpuinfo(Path("/proc/cpuinfo").read_text())
+    flags = info["flags"].split()
+    isas = list(ops.cpu_isas())
+    if info["vendor_id"] == "GenuineIntel" and "avx512vbmi" in flags and "avx512_bf16" in flags:
+        isas.remove("avx512bf16")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_PLUGIN_TM")}
+    script = "from vllm_plugin_tm.kernels import ops; print(ops.get_isa())"
+    chosen = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert chosen.stdout.split() == isas[:1], chosen.stderr

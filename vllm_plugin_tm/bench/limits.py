@@ -4,7 +4,7 @@ multiply-adds per second, all threads."""
 
 import contextlib
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     import torch
 
 DOT_KINDS = ("bf16", "int8", "fma32")
-# The instruction that bounds a product, by what it multiplies, and what to take where it is
-# missing. fp16 has no dot of its own on x86 without AVX512-FP16; split exactly into bf16 pairs it
-# needs two bf16 dots, which is the rate of the fp32 multiply-add. Without a byte dot, integers are
-# multiplied as 16-bit pairs, up to twice the rate of the fp32 multiply-add: a yardstick, no limit.
+# The instructions for a product, by what it multiplies: the first that there is bounds it; of bf16
+# the faster one, since products of fp32 are as good, and some processors' bf16 dot is slower. fp16
+# has no dot of its own on x86 without AVX512-FP16; split exactly into bf16 pairs it needs two bf16
+# dots, the rate of the fp32 multiply-add. Without a byte dot, integers are multiplied as 16-bit
+# pairs, up to twice the rate of the fp32 multiply-add: a yardstick, no limit.
 _DOT_OF = {
     "int8": ("int8", "fma32"),
     "bf16": ("bf16", "fma32"),
@@ -43,8 +44,8 @@ class Limits:
     dot_gflops: dict[str, float]
 
 
-def dot_kind(form: Format, flops: Callable[[str], float]) -> str:
-    """The instruction that bounds products in this format; `flops(kind)` is 0 where missing.
+def dot_kind(form: Format, rates: Mapping[str, float]) -> str:
+    """The instruction that bounds products in this format. `rates` are Limits.dot_gflops.
 
     Raises:
         ValueError: the processor has none of them.
@@ -52,9 +53,9 @@ def dot_kind(form: Format, flops: Callable[[str], float]) -> str:
     operands = "int8" if form.facts.integer_activations else form.dtype
     if form.facts.floats and form.facts.rounds_activations:
         operands = "bf16"  # e4m3 is exact in it, whatever x was
-    for kind in _DOT_OF[operands]:
-        if flops(kind):
-            return kind
+    kinds = [kind for kind in _DOT_OF[operands] if rates[kind]]
+    if kinds:
+        return max(kinds, key=lambda kind: rates[kind]) if operands == "bf16" else kinds[0]
     raise ValueError(
         f"this processor has none of the instructions {_DOT_OF[operands]} for {operands}"
     )

@@ -42,6 +42,13 @@ class MoePeer(Kernel):
     rounding: Rounding = Rounding.NONE
     rounds_between: bool = False
 
+    def read_once(self, call: Routed) -> None:
+        """Computes with every copy; peers.Peer.read_once says why. `call` has enough tokens for
+        nearly all experts."""
+        self.select()
+        for apply in self.applies:
+            apply(call)
+
     def step(self, calls: tuple[Routed, ...]) -> Step:
         """A step for timing: every call uses the next copy and the next routing."""
         turns = zip(cycle(self.applies), cycle(calls), strict=False)  # both are endless

@@ -69,6 +69,10 @@ def _measure_layer(
         for rounding in {our_rounding(form), Rounding.NONE}
     }
     everyone = list(run.available(_makers(plan, weights, run.llc_bytes)))
+    # Four tokens for each expert at random: one in fifty stays without.
+    many = replace(cases[0], m=4 * layer.experts // layer.top_k)
+    for peer in everyone:
+        peer.read_once(calls_of(many, checked)[0])
     for place, case in enumerate(cases, done):
         progress(place, len(plan.cases), f"{label}, T={case.m}")
         _measure(case, everyone, checked, wanted, run)

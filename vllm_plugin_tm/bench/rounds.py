@@ -3,7 +3,7 @@
 refusals noted. Knows no op and no weights."""
 
 import datetime
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -39,6 +39,7 @@ class Run:
     plan: Plan
     llc_bytes: int
     loops: LimitLoops
+    rates: Mapping[str, float]  # of dots, before the run
     rows: list[figures.Row] = field(default_factory=list)
     moe: list[figures.MoeRow] = field(default_factory=list)
     packing: list[results.PackRow] = field(default_factory=list)
@@ -76,7 +77,7 @@ class Run:
     ) -> tuple[list[timing.Samples], figures.RowLimits]:
         """The kernels' samples, and the limits of the same rounds; `steps[i]` is of kernel i."""
         able = {kernel.label: kernel for kernel in kernels}
-        kind = dot_kind(form, self.loops.dot_flops)
+        kind = dot_kind(form, self.rates)
         turns = dict(zip(able, steps, strict=True))
         turns |= {_READ: self.loops.read, _DOT: self.loops.dot(kind)}
 
@@ -104,8 +105,8 @@ def report(plan: Plan, measure: Callable[[Run], None]) -> results.Report:
     torch.set_num_threads(plan.threads)
     here = machine.describe(plan.threads)
     loops = LimitLoops(here.llc_bytes)
-    run = Run(plan, here.llc_bytes, loops)
     before = loops.measure()
+    run = Run(plan, here.llc_bytes, loops, before.dot_gflops)
     isa = ops.get_isa()
     try:
         measure(run)

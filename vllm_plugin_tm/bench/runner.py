@@ -46,6 +46,8 @@ def _measure_all(plan: Plan, progress: rounds.Progress, run: rounds.Run) -> None
         if OURS in plan.kernels:
             run.packing.append(_pack(first, weights, run.llc_bytes, plan.effort))
         everyone = list(run.available(_makers(plan, weights, run.llc_bytes)))
+        for peer in everyone:
+            peer.read_once(torch.zeros(1, weights.k, dtype=weights.dtype))
         for case in cases:
             progress(done, len(plan.cases), f"{label}, M={case.m}")
             _measure(case, everyone, run)

@@ -147,7 +147,7 @@ def _instruction_sets() -> Check:
         return Check(
             "kernels for", "fail", f"{envs.ISA.name}={wanted}, but only {', '.join(usable)} can run"
         )
-    chosen = usable[0] if wanted == "auto" else wanted
+    chosen = ops.get_isa() if wanted == "auto" else wanted
     return Check("kernels for", "ok", f"{', '.join(usable)}; in use: {chosen}")
 
 
