@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests share: a clean set of our variables, the repository's root."""
+"""What all tests share: a clean set of our variables, no AMX, the repository's root."""
 
 import gc
 import os
@@ -9,6 +9,21 @@ from pathlib import Path
 import pytest
 
 from vllm_plugin_tm import envs
+
+_NO_AMX = Path(__file__).with_name("no_amx_site")
+
+
+def pytest_configure() -> None:
+    """No AMX, here and in children: no_amx_site says why."""
+    if "amx_tile" not in Path("/proc/cpuinfo").read_text().split():
+        return
+    paths = [str(_NO_AMX), *filter(None, [os.environ.get("PYTHONPATH")])]
+    if str(_NO_AMX) not in paths[1:]:  # workers of xdist have it from their parent
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    import torch
+
+    for name in ("_is_amx_tile_supported", "_is_amx_fp16_supported"):
+        setattr(torch.cpu, name, lambda: False)
 
 
 def pytest_collection_finish() -> None:

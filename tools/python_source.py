@@ -106,15 +106,32 @@ class SourceTree:
         elif isinstance(owner.node, ast.ClassDef):
             found = next(
                 (
-                    Declaration(holder.module, node)
+                    self._value(Declaration(holder.module, node))
                     for holder in self._classes(owner)
-                    for node in [_declared(holder.node, name)]
+                    for node in [self._assigned(holder, name) or _declared(holder.node, name)]
                     if node is not None
                 ),
                 None,
             )
         if found is None:
             raise LookupError(f"{symbol}: no {name!r}")
+        return found
+
+    def _assigned(self, owner: Declaration, name: str) -> ast.AST | None:
+        """What a statement of the class's module, after the class, assigns to its attribute."""
+        assert isinstance(owner.node, ast.ClassDef)
+        target = f"{owner.node.name}.{name}"
+        values = [
+            node.value
+            for node in _statements(self._parse(owner.module).body)
+            if isinstance(node, ast.Assign) and target in map(ast.unparse, node.targets)
+        ]
+        return values[-1] if values else None
+
+    def _value(self, found: Declaration) -> Declaration:
+        """What a name stands for, where the declaration is one that its module knows."""
+        if isinstance(found.node, ast.Name):
+            return self._in_module(found.module, found.node.id, frozenset()) or found
         return found
 
     def _in_module(self, module: str, name: str, seen: frozenset[str]) -> Declaration | None:

@@ -69,6 +69,13 @@ FILES = {
             def apply(self, x): ...
         class Bare:
             pass
+        class Chosen:
+            kind: type = Base
+            def apply(self): ...
+        Chosen.kind = Bare
+        class Other(Chosen):
+            pass
+        Other.kind = Config
     """,
 }
 SAME_AS_INSPECT = [
@@ -76,6 +83,7 @@ SAME_AS_INSPECT = [
     *("pkg:Config", "pkg.shapes:Wider", "pkg:Renamed", "pkg:Late", "pkg.shapes:Bare"),
     *("pkg:Late.apply", "pkg:Late.__init__", "pkg:Renamed.apply"),
     *("pkg:Late.build", "pkg:Late.check"),
+    *("pkg.shapes:Chosen.kind", "pkg.shapes:Other.kind"),
 ]
 
 

@@ -47,6 +47,8 @@ def _args(bits: int, **more: Any) -> dict[str, Any]:
 
 def quantization(form: Form, ignore: tuple[str, ...] = ("lm_head",)) -> dict[str, Any]:
     """The checkpoint's quantization configuration."""
+    if form.method == "modelopt":
+        return modelopt("FP8" if form.fp8 else "NVFP4", ignore)
     if form.method == "fp8":
         config = {
             "quant_method": "fp8",
@@ -77,6 +79,35 @@ def quantization(form: Form, ignore: tuple[str, ...] = ("lm_head",)) -> dict[str
         "ignore": list(ignore),
         "config_groups": {"group_0": scheme},
     }
+
+
+def modelopt(algorithm: str, ignore: tuple[str, ...] = ("lm_head",)) -> dict[str, Any]:
+    """ModelOpt's configuration of a checkpoint that is of one algorithm."""
+    return {
+        "quant_method": "modelopt",
+        "quant_algo": algorithm,
+        "ignore": list(ignore),
+        "producer": {"name": "modelopt"},
+    }
+
+
+def as_modelopt(state: dict[str, Tensor], algorithm: str) -> dict[str, Tensor]:
+    """The numbers of a compressed-tensors checkpoint under ModelOpt's names and shapes."""
+    result = {}
+    for name, tensor in state.items():
+        base, _, leaf = name.rpartition(".")
+        if leaf == "weight_packed":
+            result[f"{base}.weight"] = tensor
+            if algorithm == "NVFP4":
+                result[f"{base}.input_scale"] = torch.tensor(0.01)
+        elif leaf == "weight_global_scale":
+            # What compressed-tensors divides by multiplies here.
+            result[f"{base}.weight_scale_2"] = 1 / tensor.reshape(())
+        elif leaf in ("weight_scale", "input_scale") and not algorithm.endswith("NVFP4"):
+            result[name] = tensor.reshape(()) if tensor.numel() == 1 else tensor.flatten()
+        else:
+            result[name] = tensor
+    return result
 
 
 def tensors(form: Form, seed: int = 0) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ if not ops.is_available():
     pytest.skip("the extension is not built", allow_module_level=True)
 
 from vllm_plugin_tm import layer_table
+from vllm_plugin_tm.cli.__main__ import main
 from vllm_plugin_tm.kernels import reference_moe
 from vllm_plugin_tm.patch import apply
 from vllm_plugin_tm.quantization.load_check import CheckpointError
@@ -39,9 +40,12 @@ FORMS = {
     "fp8 block": Form("block", "group", "Fp8MoEMethod", KERNEL, "fp8", block=BLOCK),
     "mxfp4": Form("mxfp4", "none", _CT.format("W4A4Mxfp4"), KERNEL),
     "nvfp4": Form("nvfp4", "none", _CT.format("W4A4Nvfp4"), KERNEL),
+    "modelopt fp8": Form("tensor", "tensor", "ModelOptFp8MoEMethod", KERNEL, "modelopt"),
+    "modelopt nvfp4": Form("nvfp4", "none", "ModelOptNvFp4FusedMoE", KERNEL, "modelopt"),
 }
 IGNORE = {
     "compressed-tensors": tiny_moe.IGNORE,
+    "modelopt": ("lm_head", "*self_attn*", "*mlp.gate"),
     # The fp8 method knows no patterns.
     "fp8": tuple(
         ["lm_head", "model.layers.0.mlp.gate"]
@@ -55,8 +59,6 @@ def _patched(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     # vLLM's CPU worker does the same: there is no cache to empty.
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
-    # With AMX some of these layers would be upstream's.
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     apply.apply()
     yield
     apply.remove()
@@ -76,7 +78,10 @@ def write(path, form, spoil=None, seed=0):
     if spoil is not None:
         spoil(state)
     quantization = float_llama.quantization(form, IGNORE[form.method])
-    tiny_moe.save(path, state, quantization=quantization)
+    disk = state
+    if form.method == "modelopt":
+        disk = float_llama.as_modelopt(state, quantization["quant_algo"])
+    tiny_moe.save(path, disk, quantization=quantization)
     return state
 
 
@@ -166,7 +171,19 @@ def test_every_form_loads_runs_right_and_the_table_shows_it(tmp_path, name):
     )
 
 
-@pytest.mark.parametrize("name", ["fp8 block", "static", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("name", FORMS)
+def test_inspect_says_what_loading_does(tmp_path, capsys, name):
+    form = FORMS[name]
+    write(tmp_path, form)
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    found = {module["module"]: module for module in json.loads(capsys.readouterr().out)}
+    experts = {key: module for key, module in found.items() if key.startswith(EXPERTS)}
+    assert len(experts) == 3 * tiny_moe.EXPERTS
+    kernel = "TM fp8" if form.fp8 else "TM fp4"
+    assert {(module["kernel"], module["why"]) for module in experts.values()} == {(kernel, "")}
+
+
+@pytest.mark.parametrize("name", ["fp8 block", "static", "mxfp4", "nvfp4", "modelopt nvfp4"])
 def test_dummy_weights_are_numbers(tmp_path, name):
     write(tmp_path, FORMS[name])
     layer = experts_of(tiny_llama.load(tmp_path, load_format="dummy"))
@@ -175,8 +192,8 @@ def test_dummy_weights_are_numbers(tmp_path, name):
     assert bool(layer.quant_method.apply(layer, x, weights, ids, None, None).isfinite().all())
 
 
-def missing(leaf):
-    return lambda state: state.pop(f"{EXPERTS}.2.up_proj.{leaf}")
+def missing(leaf, part="up"):
+    return lambda state: state.pop(f"{EXPERTS}.2.{part}_proj.{leaf}")
 
 
 def first(leaf, value):
@@ -197,6 +214,18 @@ def first(leaf, value):
         ("fp8 block", missing("weight_scale_inv"), r"missing.*\n.*2\.up_proj\.weight_scale_inv"),
         ("mxfp4", missing("weight_packed"), r"missing.*\n.*experts\.2\.up_proj\.weight_packed"),
         ("nvfp4", missing("weight_global_scale"), r"missing.*\n.*2\.up_proj\.weight_global_scale"),
+        ("modelopt fp8", missing("weight_scale"), r"missing.*\n.*2\.up_proj\.weight_scale \("),
+        ("modelopt fp8", missing("input_scale", "down"), r"missing.*\n.*down_proj\.input_scale"),
+        (
+            "modelopt nvfp4",
+            missing("weight_global_scale"),
+            r"missing.*\n.*weight_scale_2",
+        ),
+        (
+            "modelopt nvfp4",
+            first("weight_global_scale", 0.0),
+            r"w13_weight_scale_2: expected pos",
+        ),
         ("channel", first("weight", 0x7F), r"expert 2\.w13_weight: 1 of .* are not a number"),
         ("channel", first("weight_scale", float("nan")), r"expert 2\.w13_weight_scale: 1 of"),
         ("mxfp4", first("weight_scale", 0xFF), r"expert 2\.w13_weight_scale: 1 of"),
@@ -209,7 +238,7 @@ def test_damage_is_refused_by_name(tmp_path, name, spoil, message):
         tiny_llama.load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["channel", "fp8 block"])
+@pytest.mark.parametrize("name", ["channel", "fp8 block", "modelopt fp8"])
 def test_where_we_decline_the_refusal_has_our_reason(tmp_path, monkeypatch, name):
     """Upstream would construct the layer and fail when its weights are there."""
     monkeypatch.setenv("VLLM_PLUGIN_TM_SCHEMES", "w4a16")

@@ -45,8 +45,6 @@ def _patched(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     # vLLM's CPU worker does the same: there is no cache to empty.
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
-    # With AMX some of these layers would be upstream's.
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     apply.apply()
     yield
     apply.remove()

@@ -54,39 +54,17 @@ def alike(state):
     return state
 
 
-def as_modelopt(state, algorithm):
-    """The same numbers under ModelOpt's names and shapes."""
-    result = {}
-    for name, tensor in state.items():
-        base, _, leaf = name.rpartition(".")
-        if leaf == "weight_packed":
-            result[f"{base}.weight"] = tensor
-            if algorithm == "NVFP4":
-                result[f"{base}.input_scale"] = torch.tensor(0.01)
-        elif leaf == "weight_global_scale":
-            # What compressed-tensors divides by multiplies here.
-            result[f"{base}.weight_scale_2"] = 1 / tensor.reshape(())
-        elif leaf in ("weight_scale", "input_scale") and not algorithm.endswith("NVFP4"):
-            result[name] = tensor.reshape(()) if tensor.numel() == 1 else tensor.flatten()
-        else:
-            result[name] = tensor
-    return result
-
-
 def write(path, algorithm, spoil=None):
     """A checkpoint of this algorithm; its form and tensors under compressed-tensors' names."""
     form = FORMS[ALGORITHMS[algorithm]]
     state = alike(float_llama.tensors(form))
     if spoil is not None:
         del state[spoil]
-    quantization = {
-        "quant_method": "modelopt",
-        "quant_algo": algorithm,
-        "ignore": ["lm_head"],
-        "producer": {"name": "modelopt"},
-    }
     tiny_llama.save(
-        path, as_modelopt(state, algorithm), intermediate=INTERMEDIATE, quantization=quantization
+        path,
+        float_llama.as_modelopt(state, algorithm),
+        intermediate=INTERMEDIATE,
+        quantization=float_llama.modelopt(algorithm),
     )
     return form, state
 

@@ -14,6 +14,7 @@ if not ops.is_available():
     pytest.skip("the extension is not built", allow_module_level=True)
 
 from vllm.model_executor.kernels import linear
+from vllm.model_executor.layers.quantization.utils import quant_utils
 from vllm.platforms import PlatformEnum
 from vllm.scalar_type import scalar_types
 
@@ -123,12 +124,23 @@ def test_a_scheme_left_out_leaves_its_layers_to_upstream(monkeypatch, scheme):
     assert TMMxFp4LinearKernel.is_supported()[0] == (scheme != "fp4")
 
 
-def test_amx_leaves_upstream_what_it_has_an_amx_kernel_for(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_amx_leaves_upstream_what_it_has_an_amx_kernel_for(monkeypatch, dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # as vLLM does while it builds a model
+    try:
+        _amx_leaves(monkeypatch, dtype)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _amx_leaves(monkeypatch, dtype):
     monkeypatch.setattr(machine, "detect", lambda: Machine("cpu", ops.get_isa(), amx=True))
-    kept = {name for name in MIXED if not ours(of_type(name))}
-    assert kept == {"uint4", "uint4b8"}
+    kept = {name for name in MIXED if not ours(of_type(name, dtype=dtype))}
+    assert kept == ({"uint4", "uint4b8"} if dtype == torch.bfloat16 else set())
     int8 = type(linear.init_int8_linear_kernel(True, False, True, "test")).__name__
-    assert int8 == "CPUInt8ScaledMMLinearKernel"
+    upstreams = "CPUInt8ScaledMMLinearKernel"
+    assert int8 == (upstreams if dtype == torch.bfloat16 else "TMInt8ScaledMMLinearKernel")
     forced = Machine("cpu", ops.get_isa(), amx=True, isa_forced=True)
     monkeypatch.setattr(machine, "detect", lambda: forced)
     assert all(ours(of_type(name)) for name in MIXED)
@@ -137,3 +149,23 @@ def test_amx_leaves_upstream_what_it_has_an_amx_kernel_for(monkeypatch):
 def test_every_scheme_has_every_instruction_set():
     assert {row.scheme for row in MATRIX} == set(envs.SCHEMES)
     assert all(row.isas == envs.ISAS for row in MATRIX)
+
+
+FP8_KINDS = {
+    # Weights and activations that share a scale, and whether upstream has an AMX kernel for them.
+    "whole": (quant_utils.kFp8StaticTensorSym, quant_utils.kFp8StaticTensorSym, True),
+    "channel": (quant_utils.kFp8StaticChannelSym, quant_utils.kFp8DynamicTokenSym, False),
+    "block": (quant_utils.kFp8Static128BlockSym, quant_utils.kFp8Dynamic128Sym, True),
+}
+
+
+@pytest.mark.parametrize("kind", FP8_KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_fp8_layers_are_upstreams_where_it_has_an_amx_kernel_for_them(monkeypatch, kind, dtype):
+    monkeypatch.setattr(machine, "detect", lambda: Machine("cpu", ops.get_isa(), amx=True))
+    weights, activations, upstreams = FP8_KINDS[kind]
+    config = linear.FP8ScaledMMLinearLayerConfig(weights, activations, (256, 256), dtype, dtype)
+    assert TMFp8LinearKernel.is_supported()[0]
+    taken, reason = TMFp8LinearKernel.can_implement(config)
+    assert taken == (not upstreams or dtype == torch.float16)
+    assert taken or "AMX" in reason

@@ -159,6 +159,18 @@ def test_amx_is_upstreams_where_it_has_a_kernel_unless_an_instruction_set_is_for
     assert kept == {"uint4", "uint4b8", "int8", "float8_e4m3fn"}
 
 
+@pytest.mark.parametrize(("dtype", "floats"), [("float16", set()), ("float32", {"float8_e4m3fn"})])
+def test_amx_kernels_are_upstreams_in_the_dtypes_that_they_take(dtype, floats):
+    amx = Machine("cpu", "avx512bf16", amx=True)
+    assert check(dataclasses.replace(GOOD, act_dtype=dtype), amx).ok
+    kept = {
+        name
+        for name in WEIGHT_TYPES
+        if not check_machine(scheme_of(name), name, amx, act_dtype=dtype).ok
+    }
+    assert kept == floats
+
+
 def test_other_devices_and_excluded_schemes_are_refused():
     assert "cuda" in str(check(GOOD, Machine("cuda", "avx2")).reason)
     assert "w4a16" in str(check(GOOD, HERE, schemes=()).reason)

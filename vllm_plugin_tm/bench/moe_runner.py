@@ -9,6 +9,7 @@ from statistics import mean
 
 import torch
 
+from vllm_plugin_tm import heap
 from vllm_plugin_tm.bench import moe_peers, results, rounds
 from vllm_plugin_tm.bench.cases import OURS, UPSTREAM_BF16
 from vllm_plugin_tm.bench.moe_cases import MoeCase
@@ -49,6 +50,7 @@ def _measure_all(plan: Plan, progress: rounds.Progress, run: rounds.Run) -> None
     for _, same in groupby(plan.cases, key=lambda case: (case.layer, case.format)):
         cases = list(same)
         _measure_layer(cases, plan, progress, run, done)
+        heap.trim()
         done += len(cases)
     progress(done, len(plan.cases), "limits again")
 

@@ -9,6 +9,7 @@ from itertools import groupby
 
 import torch
 
+from vllm_plugin_tm import heap
 from vllm_plugin_tm.bench import guard, peers, results, rounds, timing, upstream
 from vllm_plugin_tm.bench.cases import OURS, OURS_SYMMETRIC, TORCH, UPSTREAM, UPSTREAM_W8A8, Case
 from vllm_plugin_tm.bench.weights import DTYPES, Weights, random_weights, tensor_bytes
@@ -39,20 +40,29 @@ def run(plan: Plan, progress: rounds.Progress = lambda done, total, label: None)
 def _measure_all(plan: Plan, progress: rounds.Progress, run: rounds.Run) -> None:
     done = 0
     for cases in _by_matrix(plan.cases):
-        first = cases[0]
-        label = f"{first.n}x{first.k}, {first.format.name}"
-        progress(done, len(plan.cases), label)
-        weights = random_weights(first.n, first.k, first.format)
-        if OURS in plan.kernels:
-            run.packing.append(_pack(first, weights, run.llc_bytes, plan.effort))
-        everyone = list(run.available(_makers(plan, weights, run.llc_bytes)))
-        for peer in everyone:
-            peer.read_once(torch.zeros(1, weights.k, dtype=weights.dtype))
-        for case in cases:
-            progress(done, len(plan.cases), f"{label}, M={case.m}")
-            _measure(case, everyone, run)
-            done += 1
+        _measure_matrix(cases, plan, progress, run, done)
+        heap.trim()
+        done += len(cases)
     progress(done, len(plan.cases), "limits again")
+
+
+def _measure_matrix(
+    cases: list[Case], plan: Plan, progress: rounds.Progress, run: rounds.Run, done: int
+) -> None:
+    """Cases of one matrix. All of its weights are gone afterwards: beside a large cache a kernel's
+    copies take gigabytes."""
+    first = cases[0]
+    label = f"{first.n}x{first.k}, {first.format.name}"
+    progress(done, len(plan.cases), label)
+    weights = random_weights(first.n, first.k, first.format)
+    if OURS in plan.kernels:
+        run.packing.append(_pack(first, weights, run.llc_bytes, plan.effort))
+    everyone = list(run.available(_makers(plan, weights, run.llc_bytes)))
+    for peer in everyone:
+        peer.read_once(torch.zeros(1, weights.k, dtype=weights.dtype))
+    for place, case in enumerate(cases, done):
+        progress(place, len(plan.cases), f"{label}, M={case.m}")
+        _measure(case, everyone, run)
 
 
 def _by_matrix(cases: tuple[Case, ...]) -> Iterator[list[Case]]:

@@ -4,12 +4,15 @@ it, under the same name in the module that upstream looks it up in."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from importlib import import_module
+from typing import Any
 
 
 @dataclass(frozen=True)
 class ClassSwap:
-    """`module` and `name` are where upstream looks the class up, `mixin` what goes before it."""
+    """`module` and `name` are where upstream looks the class up, `mixin` what goes before it. A
+    name with a dot is that of an attribute of a class."""
 
     module: str
     name: str
@@ -19,13 +22,14 @@ class ClassSwap:
         """Upstream's class becomes a subclass of it. Does nothing where it is one already."""
         if not self.installed():
             # Some code compares the name of a class.
-            ours = type(self.name, (self.mixin, self.live()), {"__module__": __name__})
-            setattr(import_module(self.module), self.name, ours)
+            live = self.live()
+            ours = type(live.__name__, (self.mixin, live), {"__module__": __name__})
+            self._put(ours)
 
     def remove(self) -> None:
         """Puts upstream's class back."""
         if self.installed():
-            setattr(import_module(self.module), self.name, self.live().__bases__[-1])
+            self._put(self.live().__bases__[-1])
 
     def installed(self) -> bool:
         """Whether upstream would find ours."""
@@ -33,8 +37,16 @@ class ClassSwap:
 
     def live(self) -> type:
         """What upstream finds now."""
-        found: type = getattr(import_module(self.module), self.name)
+        owner, name = self._place()
+        found: type = getattr(owner, name)
         return found
+
+    def _put(self, kind: type) -> None:
+        setattr(*self._place(), kind)
+
+    def _place(self) -> tuple[Any, str]:
+        *owners, name = self.name.split(".")
+        return reduce(getattr, owners, import_module(self.module)), name
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 modules, from which upstream imports them when a layer is built."""
 
 from vllm_plugin_tm.patch.class_swap import ClassSwap, ClassSwaps
-from vllm_plugin_tm.quantization import auto_awq, auto_gptq, fp8, mxfp4
+from vllm_plugin_tm.quantization import auto_awq, auto_gptq, fp8, modelopt, mxfp4
 from vllm_plugin_tm.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe_w4a4_fp4,
     compressed_tensors_moe_w4a8_int8,
@@ -49,6 +49,17 @@ SWAPS = ClassSwaps(
         ),
         ClassSwap(f"{_Q}.fp8", "Fp8MoEMethod", fp8.TMFp8Experts),
         ClassSwap(f"{_Q}.mxfp4", "GptOssMxfp4MoEMethod", mxfp4.TMGptOssExperts),
+        # Where one kind is all of a checkpoint its configuration has the class, where kinds are
+        # mixed the module, which takes Fp8MoEMethod from the one above.
+        *(
+            ClassSwap(f"{_Q}.modelopt", name, mixin)
+            for name, mixin in (
+                ("ModelOptFp8MoEMethod", modelopt.TMModelOptFp8Experts),
+                ("ModelOptFp8Config.FusedMoEMethodCls", modelopt.TMModelOptFp8Experts),
+                ("ModelOptNvFp4FusedMoE", modelopt.TMModelOptNvFp4Experts),
+                ("ModelOptNvFp4Config.FusedMoEMethodCls", modelopt.TMModelOptNvFp4Experts),
+            )
+        ),
         ClassSwap(f"{_Q}.auto_gptq", "AutoGPTQMoEMethod", auto_gptq.TMGPTQExperts),
         ClassSwap(f"{_Q}.auto_awq", "AutoAWQMoEMethod", auto_awq.TMAWQExperts),
     )

@@ -20,6 +20,7 @@ _VOCABULARY = "vllm.model_executor.layers.vocab_parallel_embedding"
 _CT = f"{_QUANTIZATION}.compressed_tensors.compressed_tensors"
 _CT_MOE = f"{_QUANTIZATION}.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe"
 _MOE_INIT = "(self, weight_quant, input_quant, moe, layer_name=None)"
+_MODELOPT_MOE = "(quant_config, moe_config)"
 _MOE_CREATE = (
     "(self, layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype,"
     " **extra_weight_attrs)"
@@ -214,12 +215,16 @@ PATCHES: tuple[Patch, ...] = (
             "CompressedTensorsW8A8Int8MoEMethod, CompressedTensorsW4A8Int8MoEMethod, "
             "CompressedTensorsW8A8Fp8MoEMethod, CompressedTensorsW4A4Mxfp4MoEMethod, "
             "CompressedTensorsW4A4Nvfp4MoEMethod, Fp8MoEMethod, GptOssMxfp4MoEMethod, "
-            "AutoGPTQMoEMethod and AutoAWQMoEMethod under the same names in their modules"
+            "ModelOptFp8MoEMethod, ModelOptNvFp4FusedMoE, AutoGPTQMoEMethod and "
+            "AutoAWQMoEMethod under the same names in their modules, ModelOpt's also in its "
+            "configurations"
         ),
         expects={
             f"{_CT_MOE}_wna16:CompressedTensorsWNA16MoEMethod": (
                 "(weight_quant, input_quant, moe, layer_name=None)"
-            )
+            ),
+            f"{_QUANTIZATION}.modelopt:ModelOptFp8Config.FusedMoEMethodCls": _MODELOPT_MOE,
+            f"{_QUANTIZATION}.modelopt:ModelOptNvFp4Config.FusedMoEMethodCls": _MODELOPT_MOE,
         }
         | {
             f"{module}:{name}.{member}": signature
@@ -240,6 +245,10 @@ PATCHES: tuple[Patch, ...] = (
                 ),
                 (f"{_QUANTIZATION}.fp8", "Fp8MoEMethod", "(self, quant_config, layer)"),
                 (f"{_QUANTIZATION}.mxfp4", "GptOssMxfp4MoEMethod", "(self, moe)"),
+                *(
+                    (f"{_QUANTIZATION}.modelopt", name, "(self, quant_config, moe_config)")
+                    for name in ("ModelOptFp8MoEMethod", "ModelOptNvFp4FusedMoE")
+                ),
                 (f"{_QUANTIZATION}.auto_gptq", "AutoGPTQMoEMethod", "(self, quant_config, moe)"),
                 (f"{_QUANTIZATION}.auto_awq", "AutoAWQMoEMethod", "(self, quant_config, moe)"),
             )

@@ -20,7 +20,6 @@ from vllm_plugin_tm.quantization.kernel import put
 from vllm_plugin_tm.quantization.load_check import KERNEL_LAYOUT
 from vllm_plugin_tm.quantization.support_matrix import CHANNEL, MoeRequest
 
-_GLOBAL_SCALE = "weight_global_scale"
 _X_SCALE = "input_scale"
 
 
@@ -30,8 +29,9 @@ class FloatFormat:
 
     `blocks` are the shapes that FP8 blocks may have, empty for scales of tensors or channels;
     `rounding` is the op's word for activations, `x_group_size` the neighbours that share a scale
-    where it is "group". `group` and `scale_type` are those of FP4, `divided`: each tensor has
-    another float32 scale, which divides. `interleaved`: gate and up rows alternate.
+    where it is "group". `group` and `scale_type` are those of FP4. `tensor_scale` names another
+    float32 scale that each matrix has, "" where it has none; it multiplies, or `divides`.
+    `interleaved`: gate and up rows alternate.
     """
 
     blocks: tuple[tuple[int, int], ...] = ()
@@ -39,7 +39,8 @@ class FloatFormat:
     x_group_size: int = -1
     group: int = CHANNEL
     scale_type: str = "e8m0"
-    divided: bool = False
+    tensor_scale: str = ""
+    divides: bool = False
     interleaved: bool = False
 
 
@@ -85,8 +86,8 @@ class TMFloatExpertsKernel(TMExpertsKernel):
             else:
                 one = 127 if self.form.scale_type == "e8m0" else 0x38
                 scale.view(torch.uint8).fill_(one - 5 if one == 127 else one)
-            for name in (_GLOBAL_SCALE, _X_SCALE):
-                if getattr(layer, f"{product}_{name}", None) is not None:
+            for name in (self.form.tensor_scale, _X_SCALE):
+                if name and getattr(layer, f"{product}_{name}", None) is not None:
                     layer.get_parameter(f"{product}_{name}").data.fill_(1.0)
 
     def process(self, layer: torch.nn.Module) -> None:
@@ -102,11 +103,11 @@ class TMFloatExpertsKernel(TMExpertsKernel):
 
     @property
     def _third(self) -> str | None:
-        return _GLOBAL_SCALE if self.form.divided else None
+        return self.form.tensor_scale or None
 
     def _disk_names(self) -> list[str]:
         names = [self.names.weight, self.names.scale]
-        names += [_GLOBAL_SCALE] if self.form.divided else []
+        names += [self.form.tensor_scale] if self.form.tensor_scale else []
         return names + ([_X_SCALE] if self.form.rounding == "tensor" else [])
 
     def _more_arguments(self, layer: torch.nn.Module) -> tuple[object, ...]:
@@ -165,8 +166,9 @@ class TMFloatExpertsKernel(TMExpertsKernel):
 
         for expert in range(len(weight)):
             read(expert)
-        for part in (_GLOBAL_SCALE,) if self.form.divided else ():
-            _positive(name, f"{product}_{part}", layer.get_parameter(f"{product}_{part}").data)
+        if self.form.tensor_scale:
+            second = f"{product}_{self.form.tensor_scale}"
+            _positive(name, second, layer.get_parameter(second).data)
         if self.form.rounding == "tensor":
             disk = getattr(layer, f"{product}_{_X_SCALE}", None)
             small_floats.one_scale(name, f"{product}_{_X_SCALE}", disk)
@@ -204,11 +206,12 @@ class TMFloatExpertsKernel(TMExpertsKernel):
                 _gates_first(bias.data.t()).t() if gate_up and self.form.interleaved else bias.data
             )
             put(layer, f"{product}_bias", packed_channels(values, gate_up))
-        if self.form.divided:
-            scale = layer.get_parameter(f"{product}_{_GLOBAL_SCALE}").data.float()
-            scale = (1.0 / scale).reshape(len(scale), -1)
+        if self.form.tensor_scale:
+            second = f"{product}_{self.form.tensor_scale}"
+            scale = layer.get_parameter(second).data.float()
+            scale = (1.0 / scale if self.form.divides else scale).reshape(len(scale), -1)
             rows = scale.repeat_interleave(n // scale.shape[1], dim=1)
-            put(layer, f"{product}_{_GLOBAL_SCALE}", packed_channels(rows, gate_up))
+            put(layer, second, packed_channels(rows, gate_up))
         if self.form.rounding == "tensor":
             name = f"{product}_{_X_SCALE}"
             put(layer, name, small_floats.one_scale("", name, getattr(layer, name)))

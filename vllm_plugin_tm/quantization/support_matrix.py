@@ -116,7 +116,8 @@ class Row:
     `group_multiple` is what group sizes are multiples of; None: no groups, one scale per channel.
     `groups` says it in words where that is not all.
     `rounding` says what happens to activations, empty where they are kept. `amx_types` are the
-    weight types for which upstream has an AMX kernel, and so keeps its layers.
+    weight types for which upstream has an AMX kernel, and so keeps its layers, where activations
+    are of one of `amx_dtypes`.
     """
 
     scheme: str
@@ -128,6 +129,7 @@ class Row:
     device: str
     isas: tuple[str, ...]
     amx_types: tuple[str, ...] = ()
+    amx_dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
     groups: str = ""
 
 
@@ -139,6 +141,9 @@ def _packed(*bits: int) -> tuple[str, ...]:
 
 
 _FLOATS = ("bfloat16", "float16", "float32")
+# Of integer weights: with float16 upstream runs 4-bit ones on its AVX-512 kernel, and its AMX
+# kernel for int8 ends the process; with float32 both fail. Tried with vLLM 0.32.
+_AMX_DTYPES = ("bfloat16",)
 _PACKED = "compressed-tensors pack-quantized"
 _PACKED_A8 = "compressed-tensors pack-quantized with int8 activations"
 
@@ -153,6 +158,7 @@ MATRIX: tuple[Row, ...] = (
         device="cpu",
         isas=ISAS,
         amx_types=_packed(4),
+        amx_dtypes=_AMX_DTYPES,
     ),
     Row(
         scheme="w8a16",
@@ -174,6 +180,7 @@ MATRIX: tuple[Row, ...] = (
         device="cpu",
         isas=ISAS,
         amx_types=_packed(4),
+        amx_dtypes=_AMX_DTYPES,
     ),
     Row(
         scheme="w8a8",
@@ -185,6 +192,7 @@ MATRIX: tuple[Row, ...] = (
         device="cpu",
         isas=ISAS,
         amx_types=("int8",),
+        amx_dtypes=_AMX_DTYPES,
     ),
     Row(
         scheme="fp8",
@@ -201,6 +209,7 @@ MATRIX: tuple[Row, ...] = (
         device="cpu",
         isas=ISAS,
         amx_types=("float8_e4m3fn",),
+        amx_dtypes=("bfloat16", "float32"),
     ),
     Row(
         scheme="fp4",
@@ -263,7 +272,11 @@ MOE_MATRIX: tuple[Row, ...] = (
     ),
     Row(
         scheme="fp8",
-        formats=("compressed-tensors float-quantized", "FP8 as DeepSeek and Qwen have it"),
+        formats=(
+            "compressed-tensors float-quantized",
+            "FP8 as DeepSeek and Qwen have it",
+            "ModelOpt per tensor",
+        ),
         weight_types=("float8_e4m3fn",),
         group_multiple=4,
         groups="tensor, channel, blocks (128 x 128 and others)",
@@ -275,7 +288,11 @@ MOE_MATRIX: tuple[Row, ...] = (
     ),
     Row(
         scheme="fp4",
-        formats=("compressed-tensors MXFP4 and NVFP4", "MXFP4 as gpt-oss has it"),
+        formats=(
+            "compressed-tensors MXFP4 and NVFP4",
+            "MXFP4 as gpt-oss has it",
+            "ModelOpt NVFP4",
+        ),
         weight_types=("mxfp4", "nvfp4"),
         group_multiple=8,
         groups="32 (MXFP4), 16 (NVFP4)",
@@ -343,7 +360,9 @@ def check(
             False,
             f"weight type ({request.weight_type}) not supported, supported are {tuple(_SCHEME_OF)}",
         )
-    verdict = check_machine(scheme, request.weight_type, machine, schemes)
+    verdict = check_machine(
+        scheme, request.weight_type, machine, schemes, act_dtype=request.act_dtype
+    )
     if not verdict.ok:
         return verdict
     row = _row(scheme, machine.device)
@@ -375,8 +394,10 @@ def check_machine(
     machine: Machine,
     schemes: tuple[str, ...] = SCHEMES,
     matrix: tuple[Row, ...] = MATRIX,
+    act_dtype: str | None = None,
 ) -> Verdict:
-    """The rules of `check` that do not look at the layer beyond its type of weights."""
+    """The rules of `check` that do not look at the layer beyond its type of weights and its
+    activations' (None: not known)."""
     row = _row(scheme, machine.device, matrix)
     if row is None:
         known = sorted({row.device for row in matrix if row.scheme == scheme})
@@ -386,7 +407,8 @@ def check_machine(
     if machine.isa not in row.isas:
         reason = f"instruction set ({machine.isa}) not supported, supported are {row.isas}"
         return Verdict(False, reason)
-    if machine.amx and not machine.isa_forced and weight_type in row.amx_types:
+    has_amx_kernel = weight_type in row.amx_types and act_dtype in (None, *row.amx_dtypes)
+    if machine.amx and not machine.isa_forced and has_amx_kernel:
         return Verdict(
             False,
             "this processor has AMX, for which upstream has its own kernel; "

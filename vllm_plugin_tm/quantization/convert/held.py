@@ -22,14 +22,15 @@ METHODS = ("compressed-tensors", "fp8", "gptq", "awq", "modelopt")
 
 _FP8 = "float8_e4m3fn"
 _FP4_FORMATS = {"nvfp4-pack-quantized": ("nvfp4", 16), "mxfp4-pack-quantized": ("mxfp4", 32)}
-_MODELOPT_EXPERTS = "ModelOpt's experts have no TM kernel"
+_MODELOPT_CHANNELS = "ModelOpt's experts with a scale for each channel have no TM kernel"
 
 
 @dataclass(frozen=True)
 class Held:
     """`name` is what is shown, `shape` [N, K]; `ours` the scheme of the support matrix that would
     run it, None where there is none, for the reason `why`; `expert_why` is a reason that holds for
-    routed experts only; `only_ours`: upstream has no kernel of this kind, on no processor."""
+    routed experts only; `amx`: on a processor with AMX upstream may have a kernel for linear layers
+    of this kind."""
 
     name: str
     shape: tuple[int, int]
@@ -39,7 +40,7 @@ class Held:
     group: int = CHANNEL
     why: str = ""
     expert_why: str = ""
-    only_ours: bool = False
+    amx: bool = True
 
 
 def of_compressed_tensors(parts: Mapping[str, Stored], scheme: "QuantizationScheme") -> Held:
@@ -61,7 +62,9 @@ def of_compressed_tensors(parts: Mapping[str, Stored], scheme: "QuantizationSche
             return Held(name, (n, k), why=f"{form} of {weights.num_bits} bits has no TM kernel")
         block = weights.block_structure if strategy == "block" else None
         why = "" if rounds else "FP8 experts under kept activations have no TM kernel"
-        return replace(_fp8(name, (n, k), block, why), only_ours=not rounds)
+        static = act is not None and act.dynamic is False
+        amx = rounds and (strategy == "block" or (strategy == "tensor" and static))
+        return replace(_fp8(name, (n, k), block, why), amx=amx)
 
     bits = weights.num_bits
     if "weight_packed" in parts:
@@ -96,14 +99,16 @@ def of_method(module: str, parts: Mapping[str, Stored], quantization: dict) -> H
     n, k = weight.spec.shape
     if weight.spec.dtype == torch.uint8:
         shape = (n, 2 * k)
-        return Held("nvfp4 g16", shape, "fp4", "nvfp4", group=16, expert_why=_MODELOPT_EXPERTS)
+        return Held("nvfp4 g16", shape, "fp4", "nvfp4", group=16)
     if weight.spec.dtype != torch.float8_e4m3fn:
         raise ConvertError(f"{module}.weight: dtype {weight.spec.dtype} is not that of {method!r}")
     block = quantization.get("weight_block_size") if "weight_scale_inv" in parts else None
     scale = parts.get("weight_scale")
     whole = scale is not None and scale.spec.shape in ((), (1,))
     name = f"fp8 {'block' if block else 'tensor' if whole else 'channel'}"
-    return _fp8(name, (n, k), block, _MODELOPT_EXPERTS if method == "modelopt" else "")
+    channels = not block and not whole
+    why = _MODELOPT_CHANNELS if method == "modelopt" and channels else ""
+    return replace(_fp8(name, (n, k), block, why), amx=not channels)
 
 
 def _packed_words(module: str, parts: Mapping[str, Stored], quantization: dict) -> Held:

@@ -165,7 +165,7 @@ def _kernel(module: str, held: Held, machine: Machine) -> tuple[str, str]:
         experts = MoeRequest(held.ours, *common, hidden, inner, inner, activation="silu")
         verdict = check_moe(experts, machine, envs.schemes())
     else:
-        here = replace(machine, amx=False) if held.only_ours else machine
+        here = machine if held.amx else replace(machine, amx=False)
         verdict = check(Request(*common, k, n, full_k=k), here, envs.schemes(), held.ours)
     return (f"TM {held.ours}", "") if verdict.ok else ("upstream", verdict.reason or "")
 

@@ -28,7 +28,6 @@ from pathlib import Path
 sys.path.insert(0, {folder!r})
 import torch
 torch.set_num_threads(1)
-torch.cpu._is_amx_tile_supported = lambda: False
 from vllm_plugin_tm.patch import apply
 apply.apply()
 import experts_cases as cases

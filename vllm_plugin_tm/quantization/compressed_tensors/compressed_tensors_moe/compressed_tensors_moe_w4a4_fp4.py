@@ -35,7 +35,9 @@ class TMNvFp4Experts(TMExpertsMethod):
     names = _NAMES
 
     def __init__(self, moe: Any, layer_name: str | None = None, use_a16: bool = False) -> None:
-        self.form = FloatFormat(group=16, scale_type="e4m3", divided=True)
+        self.form = FloatFormat(
+            group=16, scale_type="e4m3", tensor_scale="weight_global_scale", divides=True
+        )
         upstream: Callable[[], None] = super().__init__
         wanted = moe_request(moe, "fp4", "nvfp4", False, 16)
         if self._begin(moe, wanted, lambda: upstream(moe, layer_name, use_a16)):  # type: ignore[call-arg]

@@ -30,8 +30,11 @@ class TMInt8ScaledMMLinearKernel(TMLinearKernel, Int8ScaledMMLinearKernel):
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
-        """(True, None), or (False, the reason): whether this machine runs the kernel."""
-        verdict = check_machine("w8a8", "int8", machine.detect(), envs.schemes())
+        """(True, None), or (False, the reason): whether this machine runs the kernel. The
+        configuration does not name the activations' dtype; it is torch's default while vLLM builds
+        a model."""
+        dtype = str(torch.get_default_dtype()).removeprefix("torch.")
+        verdict = check_machine("w8a8", "int8", machine.detect(), envs.schemes(), act_dtype=dtype)
         return verdict.ok, verdict.reason
 
     @classmethod
