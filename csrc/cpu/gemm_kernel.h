@@ -22,6 +22,7 @@
 
 #include "gemm_isa.h"
 #include "interleave.h"
+#include "panel_kernel.h"
 
 namespace turbo::cpu {
 namespace {
@@ -189,10 +190,12 @@ struct Kernel {
 
   static void run(const Gemm& a, const PreparedX& x, const Share& share) {
     [[maybe_unused]] const typename I::Environment environment{};
-    if (x.tiled)
-      run_shape<Tiled, typename I::Many>(a, x, share);
-    else
+    if (!x.tiled)
       run_shape<Rows, typename I::Few>(a, x, share);
+    else if constexpr (requires { requires I::kPanels; })
+      PanelKernel<I, Kernel>::run(a, x, share);
+    else
+      run_shape<Tiled, typename I::Many>(a, x, share);
   }
 
   static void prepare(const Gemm& a, int64_t row, const RowOut& out) {
