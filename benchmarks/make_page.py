@@ -4,7 +4,8 @@
     python benchmarks/make_page.py --bench bench.json --zentorch zentorch.json \\
         --moe bench_moe.json --end-to-end end_to_end.json docs/benchmarks.md
 
-replaces what is between the two marks in the page; the words around them stay.
+replaces what is between the two marks in the page; the words around them stay. With several --bench,
+runs of other schemes, each has tables of its own.
 """
 
 import argparse
@@ -30,13 +31,13 @@ def main() -> int:
     """Exit status 0 when the page was written, 2 when a file is not what it should be."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("page", type=Path)
-    parser.add_argument("--bench", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--bench", type=Path, required=True, action="append", metavar="FILE")
     parser.add_argument("--zentorch", type=Path, metavar="FILE")
     parser.add_argument("--moe", type=Path, metavar="FILE")
     parser.add_argument("--end-to-end", type=Path, metavar="FILE")
     args = parser.parse_args()
     try:
-        kernels = results.from_json(args.bench.read_text())
+        kernels = [results.from_json(path.read_text()) for path in args.bench]
         zentorch = results.from_json(args.zentorch.read_text()) if args.zentorch else None
         engines = json.loads(args.end_to_end.read_text()) if args.end_to_end else None
         experts = results.from_json(args.moe.read_text()) if args.moe else None
@@ -62,26 +63,23 @@ def replaced(page: str, tables: str) -> str:
 
 
 def render(
-    kernels: Report,
+    kernels: Sequence[Report],
     zentorch: Report | None,
     engines: dict[str, Any] | None,
     experts: Report | None = None,
 ) -> str:
     """All tables in Markdown."""
-    reports = [kernels, *([zentorch] if zentorch else [])]
+    reports = [*kernels, *([zentorch] if zentorch else [])]
     outcomes = goals.of_kernels(reports)
     outcomes += goals.of_experts(experts) if experts else []
     outcomes += goals.of_engines(engines["plugin_over"]) if engines else []
-    parts = [
-        "### Goals",
-        _goals(outcomes),
-        "### Kernels",
-        _conditions(kernels),
-        *_cases(kernels.rows),
-    ]
-    if kernels.packing:
-        parts += ["### Packing at load", _packing(kernels)]
-    parts += _skipped(kernels)
+    parts = ["### Goals", _goals(outcomes)]
+    for report in kernels:
+        measured = dict.fromkeys(SCHEMES[row.scheme].title for row in report.rows)
+        parts += [f"### Kernels: {', '.join(measured)}", _conditions(report), *_cases(report.rows)]
+        if report.packing:
+            parts += ["### Packing at load", _packing(report)]
+        parts += _skipped(report)
     if experts:
         parts += ["### Routed experts", _conditions(experts), *_cases(experts.moe)]
         parts += _skipped(experts)

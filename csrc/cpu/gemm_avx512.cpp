@@ -2,8 +2,9 @@
 // AVX-512 without BF16 and VNNI, and fp32 activations on every AVX-512.
 //
 // Activations kept: weights become fp32. Per 64 bytes of 4-bit weights (128 weights, 16 channels): 1 load, 7
-// shifts, 8 table permutes and, for each row, 8 multiply-adds: bound by the shuffle unit for one row, by
-// the multiply-add units for more. Of 8-bit weights (64): 7 shifts, 4 conversions, 4 multiply-adds.
+// shifts, 8 table permutes and, for each row, 8 multiply-adds: bound by the ports that all of these share on
+// Intel (23 operations on two: 11.5 cycles for one row). Of 8-bit weights (64): 7 shifts, 4 conversions, 4
+// multiply-adds. From 32 rows on the weights are decoded once for all (panel_kernel.h).
 // Activations as integers: weights become 16-bit integers, two per lane, for vpmaddwd and vpaddd. The byte
 // dot of this instruction set, vpmaddubsw, saturates at 16 bits.
 #include "fp32_dot_avx512.h"

@@ -2,9 +2,10 @@
 // The kernel, once for every instruction set, width and kind of activations: `I` names the instructions.
 //
 // A line of weights is decoded in registers and used at once by all rows of a register tile; nothing is
-// ever written back. One row is bound by memory. For many rows the weights of a block come from the
-// second-level cache once per row tile, and decoding them again costs no more than storing them: it runs on
-// the shuffle and shift units while the dot units, the bound, are busy (gemm.h states the arithmetic).
+// written back, but for what panel_kernel.h does. One row is bound by memory. For many rows the weights of a
+// block come from the second-level cache once per row tile, and decoding them again costs no more than storing
+// them: it runs on the shuffle and shift units while the dot units, the bound, are busy (gemm.h states the
+// arithmetic). Where those are the same units, `kPanels` says so.
 // A dot's result is needed by the same accumulator's next dot: at two dots a cycle, each 6 cycles late
 // (Zen 5), a register tile needs 16 accumulators, and dots on one of them lie as far apart as possible.
 //
@@ -13,6 +14,7 @@
 //               kDots, kPlanes     dots per dword of weights; units of x per dot
 //               Few, Many          register tiles {kTiles, kRows} for x by rows, x by tiles
 //               kManyFrom          rows from which on the latter costs less than it gains
+//               kPanels            (where it is true) many rows take panels of decoded weights
 //               load, decode<j>, broadcast, dot, add, mul, set1, zero, bias_vec, store_y
 //               start, end         a group's accumulators before the dots, and into the totals after them
 //               prepare_row, Environment
