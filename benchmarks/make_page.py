@@ -4,8 +4,8 @@
     python benchmarks/make_page.py --bench bench.json --zentorch zentorch.json \\
         --moe bench_moe.json --end-to-end end_to_end.json docs/benchmarks.md
 
-replaces what is between the two marks in the page; the words around them stay. With several --bench,
-runs of other schemes, each has tables of its own.
+replaces what is between the two marks in the page; the words around them stay. With several
+--bench, runs of other schemes, or --end-to-end, each has tables of its own.
 """
 
 import argparse
@@ -34,12 +34,12 @@ def main() -> int:
     parser.add_argument("--bench", type=Path, required=True, action="append", metavar="FILE")
     parser.add_argument("--zentorch", type=Path, metavar="FILE")
     parser.add_argument("--moe", type=Path, metavar="FILE")
-    parser.add_argument("--end-to-end", type=Path, metavar="FILE")
+    parser.add_argument("--end-to-end", type=Path, action="append", default=[], metavar="FILE")
     args = parser.parse_args()
     try:
         kernels = [results.from_json(path.read_text()) for path in args.bench]
         zentorch = results.from_json(args.zentorch.read_text()) if args.zentorch else None
-        engines = json.loads(args.end_to_end.read_text()) if args.end_to_end else None
+        engines = [json.loads(path.read_text()) for path in args.end_to_end]
         experts = results.from_json(args.moe.read_text()) if args.moe else None
         tables = render(kernels, zentorch, engines, experts)
         args.page.write_text(replaced(args.page.read_text(), tables))
@@ -65,14 +65,15 @@ def replaced(page: str, tables: str) -> str:
 def render(
     kernels: Sequence[Report],
     zentorch: Report | None,
-    engines: dict[str, Any] | None,
+    engines: Sequence[dict[str, Any]],
     experts: Report | None = None,
 ) -> str:
     """All tables in Markdown."""
     reports = [*kernels, *([zentorch] if zentorch else [])]
     outcomes = goals.of_kernels(reports)
     outcomes += goals.of_experts(experts) if experts else []
-    outcomes += goals.of_engines(engines["plugin_over"]) if engines else []
+    for run in engines:
+        outcomes += goals.of_engines(run["plugin_over"])
     parts = ["### Goals", _goals(outcomes)]
     for report in kernels:
         measured = dict.fromkeys(SCHEMES[row.scheme].title for row in report.rows)
@@ -86,7 +87,7 @@ def render(
     if zentorch:
         parts += ["### Beside zentorch", _conditions(zentorch), *_cases(zentorch.rows)]
     if engines:
-        parts += ["### Whole engines", _engines(engines)]
+        parts += ["### Whole engines", *map(_engines, engines)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -76,8 +76,8 @@ def test_goals_of_experts(routed):
 
 
 def test_page_has_a_part_for_experts_only_when_given(made_up, routed):
-    assert "Routed experts" not in make_page.render(made_up, None, None)
-    text = make_page.render(made_up, None, None, routed)
+    assert "Routed experts" not in make_page.render([made_up], None, [])
+    text = make_page.render([made_up], None, [], routed)
     part = text.partition("### Routed experts")[2]
     for shown in (
         "| layer | T | experts | ms | p10-p90 |",
