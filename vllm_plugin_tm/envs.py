@@ -150,3 +150,16 @@ def text(name: str) -> str:
     """
     variable = next(variable for variable in VARIABLES if variable.name == name)
     return os.environ.get(name, "") or variable.default
+
+
+_ONEDNN = ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")  # the largest of its sets without AMX
+
+
+def keep_onednn_from_amx() -> None:
+    """Tells oneDNN, in torch and in vLLM, here and in children, to do without AMX: the bench's."""
+    os.environ[_ONEDNN[0]] = _ONEDNN[1]
+
+
+def onednn_kept_from_amx() -> bool:
+    """Whether it has been told so."""
+    return os.environ.get(_ONEDNN[0]) == _ONEDNN[1]

@@ -297,7 +297,7 @@ def test_page_has_a_part_for_each_scheme(mixed):
 def test_runs_of_other_schemes_have_their_own_tables(made_up, mixed):
     text = make_page.render([made_up, mixed], None, [])
     headings = [line for line in text.splitlines() if line.startswith("### Kernels")]
-    assert headings == ["### Kernels: W4A16", "### Kernels: W4A8, W8A8, W4A16"]
+    assert headings == ["### Kernels: W4A16", "### Kernels: W8A8, W4A8, W4A16"]
     assert text.count("Machine: ") == 2
 
 

@@ -8,24 +8,21 @@ chosen in Python, by what torch says of the processor. Both are set for this pro
 its children too.
 """
 
-import os
-
-_VARIABLE = "ONEDNN_MAX_CPU_ISA"
-_MOST = "AVX512_CORE_FP16"  # the largest of oneDNN's sets without AMX
+from vllm_plugin_tm import envs
 
 
 def hide() -> None:
     """From now on neither torch, nor oneDNN, nor vLLM's choice of kernels sees AMX in this process.
 
-    Call it before the first product: oneDNN reads the variable once. Loads torch.
+    Call it before the first product: oneDNN reads its variable once. Loads torch.
     """
     import torch
 
-    os.environ[_VARIABLE] = _MOST
+    envs.keep_onednn_from_amx()
     for name in ("_is_amx_tile_supported", "_is_amx_fp16_supported"):
         setattr(torch.cpu, name, lambda: False)
 
 
 def is_hidden() -> bool:
     """Whether hide was called here, or in the process that started this one."""
-    return os.environ.get(_VARIABLE) == _MOST
+    return envs.onednn_kept_from_amx()

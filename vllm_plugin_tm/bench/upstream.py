@@ -158,9 +158,7 @@ def _w8a8(weights: Weights, llc_bytes: int) -> Peer:
     kernel, layer = prepared()
     if weights.dtype is not torch.bfloat16 and kernel.linear_method == kernel._apply_weights_sgl:
         # Thrown on a thread of OpenMP, where nothing can catch it.
-        raise UnavailableError(
-            "upstream: W8A8: its AMX kernel takes bf16 only, and ends the process"
-        )
+        raise UnavailableError("upstream: W8A8: its AMX kernel takes bf16 only or ends the process")
     # The handle keeps the int8 weights in a layout of its own, of the same size; where the class
     # keeps them in the layer, that is None no more and counted with the rest.
     held = 0 if layer.weight is not None else tensor_bytes(weights.codes)
