@@ -10,20 +10,20 @@ import pytest
 
 from vllm_plugin_tm import envs
 
-_NO_AMX = Path(__file__).with_name("no_amx_site")
+_CHILD_SITE = Path(__file__).with_name("child_site")
 
 
 def pytest_configure() -> None:
-    """No AMX, here and in children: no_amx_site says why."""
+    """No AMX, here and in children: child_site says why."""
     if "amx_tile" not in Path("/proc/cpuinfo").read_text().split():
         return
-    paths = [str(_NO_AMX), *filter(None, [os.environ.get("PYTHONPATH")])]
-    if str(_NO_AMX) not in paths[1:]:  # workers of xdist have it from their parent
-        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if str(_CHILD_SITE) not in paths:  # workers of xdist have it from their parent
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(_CHILD_SITE), *filter(None, paths)])
     import torch
+    from child_site import sitecustomize
 
-    for name in ("_is_amx_tile_supported", "_is_amx_fp16_supported"):
-        setattr(torch.cpu, name, lambda: False)
+    sitecustomize.hide_amx(torch.cpu)
 
 
 def pytest_collection_finish() -> None:

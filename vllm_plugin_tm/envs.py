@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""This package's environment variables: the only reader of os.environ, every value validated."""
+"""This package's environment variables: the only user of os.environ, every value validated."""
 
 import difflib
 import os

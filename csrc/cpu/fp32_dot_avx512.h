@@ -17,7 +17,6 @@ struct Fp32Dot : KeptGroups<I, Avx512> {
   static constexpr bool kReadsInPlace = D == DType::f32;
   using Few = RegisterTile<4, 4>;
   using Many = RegisterTile<2, 8>;
-  static constexpr bool kPanels = true;
 
   /// Not the intrinsic, see bf16_dot_avx512.h.
   static void dot(Vec16& acc, __m512i weights, __m512i unit) {

@@ -4,7 +4,7 @@
 // Activations kept: weights become fp32. Per 64 bytes of 4-bit weights (128 weights, 16 channels): 1 load, 7
 // shifts, 8 table permutes and, for each row, 8 multiply-adds: bound by the ports that all of these share on
 // Intel (23 operations on two: 11.5 cycles for one row). Of 8-bit weights (64): 7 shifts, 4 conversions, 4
-// multiply-adds. From 32 rows on the weights are decoded once for all (panel_kernel.h).
+// multiply-adds; from 32 rows on these are decoded once for all (panel_kernel.h).
 // Activations as integers: weights become 16-bit integers, two per lane, for vpmaddwd and vpaddd. The byte
 // dot of this instruction set, vpmaddubsw, saturates at 16 bits.
 #include "fp32_dot_avx512.h"
@@ -32,6 +32,7 @@ struct Kept4 : Fp32Dot<Kept4<D>, D> {
 template <DType D>
 struct Kept8 : Fp32Dot<Kept8<D>, D> {
   static constexpr int kDots = 4;
+  static constexpr bool kPanels = true;
 
   template <int J>
   static __m512i decode(__m512i raw) {

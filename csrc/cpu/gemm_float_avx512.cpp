@@ -3,8 +3,8 @@
 // fp32, 16 channels a register.
 //
 // Per 64 bytes of e4m3 (64 weights, 16 channels): 1 load, 3 + 4 shifts, 4 ands, 4 multiplications and, for each row,
-// 4 multiply-adds. Of e2m1 (128 weights): 1 load, 7 shifts, 8 table permutes and, for each row, 8 multiply-adds:
-// integers of 4 bits with another table.
+// 4 multiply-adds; from 32 rows on these are decoded once for all (panel_kernel.h). Of e2m1 (128 weights): 1 load,
+// 7 shifts, 8 table permutes and, for each row, 8 multiply-adds: integers of 4 bits with another table.
 #include "fp32_dot_avx512.h"
 #include "quantize_e4m3.h"
 
@@ -14,7 +14,7 @@ namespace {
 template <class I, DType D>
 struct E4m3 : Fp32Dot<I, D, DType::f32> {
   static constexpr int kDots = 4;
-  static constexpr bool kZeroPoints = false;
+  static constexpr bool kZeroPoints = false, kPanels = true;
   using Environment = KeepSubnormals;
 
   template <int J>

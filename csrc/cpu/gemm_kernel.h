@@ -14,7 +14,7 @@
 //               kDots, kPlanes     dots per dword of weights; units of x per dot
 //               Few, Many          register tiles {kTiles, kRows} for x by rows, x by tiles
 //               kManyFrom          rows from which on the latter costs less than it gains
-//               kPanels            (where it is true) many rows take panels of decoded weights
+//               kPanels            whether kPanelRows rows and more take panels of decoded weights
 //               load, decode<j>, broadcast, dot, add, mul, set1, zero, bias_vec, store_y
 //               start, end         a group's accumulators before the dots, and into the totals after them
 //               prepare_row, Environment
@@ -192,12 +192,12 @@ struct Kernel {
 
   static void run(const Gemm& a, const PreparedX& x, const Share& share) {
     [[maybe_unused]] const typename I::Environment environment{};
-    if (!x.tiled)
-      run_shape<Rows, typename I::Few>(a, x, share);
-    else if constexpr (requires { requires I::kPanels; })
-      PanelKernel<I, Kernel>::run(a, x, share);
-    else
+    if constexpr (I::kPanels)
+      if (x.tiled && x.rows >= kPanelRows) return PanelKernel<I, Kernel>::run(a, x, share);
+    if (x.tiled)
       run_shape<Tiled, typename I::Many>(a, x, share);
+    else
+      run_shape<Rows, typename I::Few>(a, x, share);
   }
 
   static void prepare(const Gemm& a, int64_t row, const RowOut& out) {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Many rows with weights that become fp32 where decoding and multiply-adds share execution ports (Intel: two for
+// Many rows with 8-bit weights that become fp32 where decoding and multiply-adds share execution ports (Intel: two for
 // 512-bit vectors): a panel of weights is decoded once for all rows into the first-level cache, and the loop over rows
-// has nothing but multiply-adds in those ports.
+// has nothing but multiply-adds in those ports. 4-bit weights, a shift and a permute each, gain nothing by it, and
+// fewer than 32 rows lose.
 //
 // Per k and register tile of 32 channels x 8 rows: 2 loads, 8 broadcasts and 16 multiply-adds, which bound it. The
 // result has the same bits as that of the kernel that decodes in registers: the same sums in the same order.
@@ -12,6 +13,9 @@
 namespace turbo::cpu {
 namespace {
 
+/// Rows from which on panels are worth their stores.
+inline constexpr int64_t kPanelRows = 32;
+
 /// The share for many rows of `K`, a Kernel<I> of gemm_kernel.h.
 template <class I, class K>
 struct PanelKernel {
@@ -20,8 +24,8 @@ struct PanelKernel {
   using Stream = typename K::Stream;
   static constexpr int kLanes = I::kLanes, kTileVecs = kTileN / kLanes;
   static constexpr int kTiles = I::Many::kTiles, kWidth = kTiles * kTileN;
-  static constexpr int64_t kRows = 256;               // whose sums and totals wait in memory
-  static constexpr int64_t kSteps = 128 / I::kDots;   // most dwords of a panel: 16 KiB
+  static constexpr int64_t kRows = kRowChunk;        // whose sums and totals wait in memory
+  static constexpr int64_t kSteps = 128 / I::kDots;  // most dwords of a panel: 16 KiB
 
   template <int J>
   static inline __attribute__((always_inline)) void decode(Raw raw, float* out, int64_t stride) {
@@ -144,7 +148,8 @@ struct PanelKernel {
         for (int64_t i = first; i < last; ++i) {
           const Range rows = part(x.rows, x.row_tiles, i);
           const int64_t at = (rows.begin - top) * kWidth;
-          row_tiles[i - first] = {rows.begin, sums + at, totals + at, find<kTiles, I::Many::kRows>(tiles, rows.end - rows.begin)};
+          row_tiles[i - first] = {rows.begin, sums + at, totals + at,
+                                  find<kTiles, I::Many::kRows>(tiles, rows.end - rows.begin)};
         }
         run_slab(a, x, tile, tiles, row_tiles, last - first, panel);
         tile += tiles;

@@ -236,7 +236,7 @@ def run_engines(preloaded: Preloaded) -> Callable[..., list[dict[str, Any]]]:
 def torchvision() -> dict[str, str]:
     """What children need in their environment to import torchvision, as vLLM's modules of some
     models do: the tests' own, or the environment's, whether it fits torch or not."""
-    folders = [Path(__file__).with_name("torchvision_site")]
+    folders = [Path(__file__).parents[1] / "child_site"]
     if layout.TORCHVISION_FOLDER.is_dir():
         folders.append(layout.TORCHVISION_FOLDER)
     elif importlib.util.find_spec("torchvision") is None:

@@ -17,6 +17,7 @@ from vllm.model_executor.kernels import linear
 from vllm.model_executor.layers.quantization.utils import quant_utils
 from vllm.platforms import PlatformEnum
 from vllm.scalar_type import scalar_types
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_plugin_tm.patch import apply
 from vllm_plugin_tm.quantization import support_matrix
@@ -126,19 +127,11 @@ def test_a_scheme_left_out_leaves_its_layers_to_upstream(monkeypatch, scheme):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_amx_leaves_upstream_what_it_has_an_amx_kernel_for(monkeypatch, dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # as vLLM does while it builds a model
-    try:
-        _amx_leaves(monkeypatch, dtype)
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _amx_leaves(monkeypatch, dtype):
     monkeypatch.setattr(machine, "detect", lambda: Machine("cpu", ops.get_isa(), amx=True))
     kept = {name for name in MIXED if not ours(of_type(name, dtype=dtype))}
     assert kept == ({"uint4", "uint4b8"} if dtype == torch.bfloat16 else set())
-    int8 = type(linear.init_int8_linear_kernel(True, False, True, "test")).__name__
+    with set_default_torch_dtype(dtype):  # as while vLLM builds a model
+        int8 = type(linear.init_int8_linear_kernel(True, False, True, "test")).__name__
     upstreams = "CPUInt8ScaledMMLinearKernel"
     assert int8 == (upstreams if dtype == torch.bfloat16 else "TMInt8ScaledMMLinearKernel")
     forced = Machine("cpu", ops.get_isa(), amx=True, isa_forced=True)

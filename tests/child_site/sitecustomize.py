@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets a torchvision that was built for another torch be imported, in every process that has this
-folder on PYTHONPATH; nothing is changed on disk.
+"""What the tests' children see differently, in every process that has this folder on PYTHONPATH;
+nothing is changed on disk.
 
-Such a build cannot load its library of operators, and then dies describing operators that nobody
-declared. They are declared here, without implementation: text models call none of them, and one
-that did would be told so by torch. A build that fits declares its own, and is left alone.
+AMX is hidden from torch, and so from upstream's and our choice of kernels: on a processor that has
+it the tests would see other kernels than on the processors that ours are for.
+
+A torchvision that was built for another torch can be imported. Such a build cannot load its library
+of operators, and then dies describing operators that nobody declared. They are declared here,
+without implementation: text models call none of them, and one that did would be told so by torch. A
+build that fits declares its own, and is left alone.
 """
 
 import importlib.abc
@@ -12,7 +16,11 @@ import importlib.machinery
 import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+AMX = ("_is_amx_tile_supported", "_is_amx_fp16_supported")
+"""The functions of torch.cpu that tell."""
 
 DESCRIBED = ("nms", "qnms")
 """What torchvision describes at import, all of one signature."""
@@ -50,6 +58,32 @@ def _declare(package: Path) -> None:
     _kept.append(declarations)
 
 
+def hide_amx(torch_cpu: ModuleType) -> None:
+    """Makes torch.cpu say that there is no AMX."""
+    for name in AMX:
+        setattr(torch_cpu, name, lambda: False)
+
+
+class WithTorch(importlib.abc.MetaPathFinder):
+    """Hides AMX when torch.cpu is imported, and only then."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """Where torch.cpu is, with a loader that hides AMX after loading it."""
+        if name != "torch.cpu":
+            return None
+        sys.meta_path.remove(self)
+        found = importlib.machinery.PathFinder.find_spec(name, path)
+        if found is not None and found.loader is not None:
+            execute = found.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                hide_amx(module)
+
+            found.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return found
+
+
 def _run_the_next() -> None:
     """Python runs one sitecustomize: that of the environment must not be lost by this one."""
     here = Path(__file__).resolve().parent
@@ -59,5 +93,6 @@ def _run_the_next() -> None:
         found.loader.exec_module(importlib.util.module_from_spec(found))
 
 
-sys.meta_path.insert(0, BeforeTorchvision())
-_run_the_next()
+if __name__ == "sitecustomize":
+    sys.meta_path[:0] = [BeforeTorchvision(), WithTorch()]
+    _run_the_next()
