@@ -48,9 +48,10 @@ bool has_vbmi() {
 namespace {
 
 /// Whether vpdpbf16ps does less than two vfmadd231ps of as many products. Intel's processors with AMX start one only
-/// every other cycle, and two multiply-adds a cycle: 188 against 411 GFLOP/s on two cores with the last-level cache of a
-/// Granite Rapids. AMX itself is no sign of them, since virtual machines hide it; Cooper Lake, with one dot a cycle,
-/// lacks VBMI. By model and not by measurement: every process of a model must choose the same.
+/// every other cycle, and two multiply-adds a cycle: 226 against 470 GFLOP/s on two cores of what has the last-level
+/// cache of a Granite Rapids (docs/benchmarks_xeon.md). AMX itself is no sign of them, since virtual machines hide it;
+/// Cooper Lake, the first with BF16 and not measured, lacks VBMI. By model and not by measurement: every process of a
+/// model must choose the same.
 bool slow_bf16_dot() { return __builtin_cpu_is("intel") && has_vbmi(); }
 
 }  // namespace
