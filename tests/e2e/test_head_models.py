@@ -89,7 +89,9 @@ def test_log_probabilities(
     got = torch.cat(results[name]["answers"][0]["logprobs"])
     assert got.shape == want.shape
     bound = 2e-6
-    assert _distance(got, want) <= bound
+    # Row 0 sees itself alone: what is off in later rows only is not the head's doing.
+    rows = [round(_distance(*pair) / bound, 2) for pair in zip(got, want, strict=True)]
+    assert _distance(got, want) <= bound, f"in units of the bound, by row: {rows}"
     wrong = answers(reference(models, name, tmp_path / "wrong", 1.01))
     assert _distance(got, wrong) > 100 * bound
 
