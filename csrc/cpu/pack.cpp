@@ -28,6 +28,26 @@ inline int32_t sum_bytes(uint32_t dword) {
   return sum;
 }
 
+/// Dwords [i0, i0 + count) of row n in the order of the kernels. Codes of just `Bits` bits need no bit by bit reading,
+/// which is all of them that are large: a loop without branches, for the compiler to make vectors of.
+template <int Bits>
+inline void read_strip(const Pack& a, int64_t n, int64_t i0, int64_t count, uint32_t* strip) {
+  constexpr int64_t kWeights = 32 / Bits;
+  const bool whole = (i0 + count) * kWeights <= a.layout.k;
+  if (a.packed && a.code_bits == Bits && whole && count == kStrip) {
+    const uint32_t* in = a.packed + n * a.codes_stride + i0;
+    for (int64_t i = 0; i < kStrip; ++i)
+      strip[i] = Bits == 4 ? kernel_order(in[i] ^ kSignedNibbles) : in[i] ^ kSignedBytes;
+  } else if (a.bytes && Bits == 8 && whole) {
+    std::memcpy(strip, a.bytes + n * a.codes_stride + i0 * kWeights, count * sizeof(uint32_t));
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t dword = read_dword<Bits>(a, n, i0 + i);
+      strip[i] = Bits == 4 ? kernel_order(dword) : dword;
+    }
+  }
+}
+
 template <int Bits>
 void pack_weights(const Pack& a, int64_t tile) {
   const Layout& l = a.layout;
@@ -40,12 +60,11 @@ void pack_weights(const Pack& a, int64_t tile) {
   for (int64_t i0 = 0; i0 < l.dwords(); i0 += kStrip) {
     const int64_t count = l.dwords() - i0 < kStrip ? l.dwords() - i0 : kStrip;
     std::memset(strip, 0, sizeof strip);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < count; ++i) {
-        const uint32_t dword = read_dword<Bits>(a, disk.begin + r, i0 + i);
-        strip[r][i] = Bits == 4 ? kernel_order(dword) : dword;
-        if (Bits == 8 && a.sums_out) sums[r] += sum_bytes(dword);
-      }
+    for (int64_t r = 0; r < rows; ++r) {
+      read_strip<Bits>(a, disk.begin + r, i0, count, strip[r]);
+      if (Bits == 8 && a.sums_out)
+        for (int64_t i = 0; i < count; ++i) sums[r] += sum_bytes(strip[r][i]);
+    }
     for (int64_t i = 0; i < count; ++i)
       for (int64_t r = 0; r < kTileN; ++r) out[(i0 + i) * step + r] = strip[r][i];
   }
