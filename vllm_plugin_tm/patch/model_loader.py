@@ -17,7 +17,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     initialize_online_processing,
 )
 
-from vllm_plugin_tm import layer_table
+from vllm_plugin_tm import heap, layer_table
 from vllm_plugin_tm.quantization import fused_parts, load_check
 from vllm_plugin_tm.quantization.online.config import TMOnlineConfig
 from vllm_plugin_tm.quantization.online.head import quantize_head
@@ -35,7 +35,8 @@ class _LayerTable(BaseModelLoader):
     ) -> torch.nn.Module:
         refuse_without_method(vllm_config.additional_config, model_config.quantization)
         try:
-            model = super().load_model(vllm_config, model_config, *args, **kwargs)
+            with heap.reusing():
+                model = super().load_model(vllm_config, model_config, *args, **kwargs)
         except load_check.CheckpointError:
             raise  # names everything already
         except ValueError as error:

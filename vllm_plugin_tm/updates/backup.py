@@ -44,4 +44,7 @@ class Backup:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._bytes:
             live = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-            self._bytes[storage.data_ptr()] = (live, live.clone())
+            kept = torch.empty_like(live)
+            if kept.is_cpu:
+                torch.ops.vllm_plugin_tm.advise_huge_pages(kept)
+            self._bytes[storage.data_ptr()] = (live, kept.copy_(live))

@@ -63,22 +63,22 @@ def update(model: torch.nn.Module) -> Iterator["Update"]:
     Whatever is raised inside takes the update back, in every worker of the model. Raises
     UpdateError for it, naming tensor and layer. Holds a second copy of the weights meanwhile.
     """
-    old = Backup(model)
-    current = _running[model] = Update(model)
-    cause: Exception | None = None
-    try:
+    with heap.reusing():
+        old = Backup(model)
+        current = _running[model] = Update(model)
+        cause: Exception | None = None
         try:
-            yield current
-        except Exception as error:
-            cause = error
-        refuse_together(None if cause is None else current.reason(cause), cause)
-        _expected[model] = current.found
-    except BaseException:
-        old.restore()
-        raise
-    finally:
-        del _running[model], old
-        heap.trim()
+            try:
+                yield current
+            except Exception as error:
+                cause = error
+            refuse_together(None if cause is None else current.reason(cause), cause)
+            _expected[model] = current.found
+        except BaseException:
+            old.restore()
+            raise
+        finally:
+            del _running[model], old
 
 
 class Update:

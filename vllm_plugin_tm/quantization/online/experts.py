@@ -4,11 +4,13 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.utils import set_weight_attrs
 
-from vllm_plugin_tm import heap
 from vllm_plugin_tm.quantization.convert.plan import indivisible
+from vllm_plugin_tm.quantization.convert.run import unit_rows
+from vllm_plugin_tm.quantization.online.arrivals import Piece, keeping, pieces_of
 from vllm_plugin_tm.quantization.online.fill import fill
 from vllm_plugin_tm.quantization.online.linear import DONE, refuse_cut
 from vllm_plugin_tm.quantization.online.options import KEY, OnlineError
@@ -57,6 +59,7 @@ class _OnlineExperts:
             layer.register_parameter(name, weight)
             # Packed weights are loaded in another order than plain ones by some formats.
             plain = {k: v for k, v in extra_weight_attrs.items() if k != "is_transposed"}
+            plain["weight_loader"] = keeping(plain["weight_loader"])
             set_weight_attrs(weight, plain)
         initialize_online_processing(layer)
 
@@ -64,7 +67,7 @@ class _OnlineExperts:
         """Quantizes expert by expert, then has upstream's method process what comes of it."""
         if getattr(layer, DONE, False):
             return
-        weights = {name: layer._parameters.pop(f"{name}_weight").data for name in _WEIGHTS}
+        weights = {name: layer._parameters.pop(f"{name}_weight") for name in _WEIGHTS}
         super().create_weights(layer, *self._arguments, **self._attributes)  # type: ignore[misc]
         options = self.tm_online.options
         split = self.moe.moe_parallel_config.tp_size > 1  # type: ignore[attr-defined]
@@ -75,14 +78,14 @@ class _OnlineExperts:
                 for key, param in params.items()
                 if key.startswith(f"{name}_")
             }
-            for expert, weight in enumerate(weights.pop(name)):
+            weight = weights.pop(name)
+            for expert, pieces in enumerate(_by_expert(weight, unit_rows(options))):
                 own = {key: data[expert] for key, data in parts.items() if data.numel()}
                 scale_dtype = self.tm_online.scale_dtype(weight.dtype)
                 group, whole_rows = options.weight_group, not split or name == "w13"
                 where = f"{self.tm_prefix}.{expert} ({name})"
-                fill(own, weight, group, options, scale_dtype, split=not whole_rows, layer=where)
+                fill(own, pieces, group, options, scale_dtype, split=not whole_rows, layer=where)
         super().process_weights_after_loading(layer)  # type: ignore[misc]
-        heap.trim()
         setattr(layer, DONE, True)
 
     def _refuse_misfits(self, hidden: int, part: int) -> None:
@@ -98,6 +101,18 @@ class _OnlineExperts:
                     f"size may fit, {KEY}.ignore leaves the experts as they are"
                 )
         refuse_cut(self.tm_prefix, "inner", full, part, options)
+
+
+def _by_expert(weight: Tensor, unit: int) -> list[list[Piece]]:
+    """The pieces of each expert of a weight [E, N, K], whose rows count from its first."""
+    experts, n, _ = weight.shape
+    parts: list[list[Piece]] = [[] for _ in range(experts)]
+    for row, tensor in pieces_of(weight, unit):
+        while len(tensor):
+            expert, first = divmod(row, n)
+            parts[expert].append((first, tensor[: n - first]))
+            row, tensor = row + n - first, tensor[n - first :]
+    return parts
 
 
 _made: dict[type, type] = {}

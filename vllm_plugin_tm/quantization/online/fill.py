@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a loaded weight to the disk tensors of a compressed-tensors layer: the converter's bits."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,13 +14,14 @@ from vllm_plugin_tm.quantization.convert.run import (
     rows_of_one,
     unit_rows,
 )
+from vllm_plugin_tm.quantization.online.arrivals import Piece
 from vllm_plugin_tm.quantization.online.options import KEY, OnlineError
 from vllm_plugin_tm.quantization.support_matrix import CHANNEL
 
 
 def fill(
     tensors: Mapping[str, Tensor],
-    weight: Tensor,
+    pieces: Sequence[Piece],
     group_size: int,
     options: Options,
     scale_dtype: torch.dtype,
@@ -28,26 +29,31 @@ def fill(
     split: bool,
     layer: str,
 ) -> None:
-    """Quantizes a weight [N, K] into a layer's tensors of the format's names: weight_packed or
-    weight, weight_scale, weight_zero_point, weight_shape.
+    """Quantizes the pieces of a weight [N, K] into a layer's tensors of the format's names:
+    weight_packed or weight, weight_scale, weight_zero_point, weight_shape.
 
-    `split`: the weight is a part of rows that other ranks have the rest of; scales of whole rows
-    then come from all parts. Raises OnlineError naming `layer` for weights that are no finite
-    numbers.
+    The pieces are all of it, in the order of rows; where blocks of rows share a scale, each begins
+    with one. `split`: the weight is a part of rows that other ranks have the rest of; scales of
+    whole rows then come from all parts. Raises OnlineError naming `layer` for weights that are no
+    finite numbers.
     """
-    n, k = weight.shape
     unit = unit_rows(options)
-    step = max(PIECE_WEIGHTS // k // unit, 1) * unit
     reduce = _over_ranks(options) if split and group_size == CHANNEL else None
-    for row in range(0, n, step):
-        piece = weight[row : row + step]
-        try:
-            made = quantize(piece, group_size, options, scale_dtype, reduce)
-        except NotFiniteError as error:
-            raise OnlineError(error.text(f"{layer}: the weight", row, " of this shard")) from None
-        for name, data in made.items():
-            at = row // rows_of_one(name, group_size, options)
-            tensors[name][at : at + len(data)].copy_(data)
+    n = 0
+    for first, rows in pieces:
+        k = rows.shape[1]
+        step = max(PIECE_WEIGHTS // k // unit, 1) * unit
+        for row in range(first, first + len(rows), step):
+            part = rows[row - first : row - first + step]
+            try:
+                made = quantize(part, group_size, options, scale_dtype, reduce)
+            except NotFiniteError as error:
+                text = error.text(f"{layer}: the weight", row, " of this shard")
+                raise OnlineError(text) from None
+            for name, data in made.items():
+                at = row // rows_of_one(name, group_size, options)
+                tensors[name][at : at + len(data)].copy_(data)
+        n += len(rows)
     if "weight_shape" in tensors:
         tensors["weight_shape"].copy_(torch.tensor([n, k]))
 

@@ -24,7 +24,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from vllm_plugin_tm import heap
 from vllm_plugin_tm.quantization.convert.options import DEFAULT_GROUP_SIZE, Options
 from vllm_plugin_tm.quantization.kernel import TMKernel
 from vllm_plugin_tm.quantization.load_check import Layer
@@ -87,10 +86,9 @@ class HeadMethod(CompressedTensorsLinearMethod):
         parts = {name: param.data for name, param in layer.named_parameters(recurse=False)}
         dtype = scale_dtype(weight.dtype, self._stored)
         group, name = self._group_size, self.name
-        fill(parts, weight, group, self._options, dtype, split=False, layer=name)
+        fill(parts, [(0, weight)], group, self._options, dtype, split=False, layer=name)
         del weight
         super().process_weights_after_loading(layer)
-        heap.trim()
 
     def _weight(self, layer: Any) -> Tensor:
         """The loaded weights, which the layer does not keep."""

@@ -12,9 +12,10 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import ModelWeightParameter
 
-from vllm_plugin_tm import heap
 from vllm_plugin_tm.quantization.convert.options import Options
 from vllm_plugin_tm.quantization.convert.plan import indivisible
+from vllm_plugin_tm.quantization.convert.run import unit_rows
+from vllm_plugin_tm.quantization.online.arrivals import keeping, pieces_of
 from vllm_plugin_tm.quantization.online.fill import fill
 from vllm_plugin_tm.quantization.online.options import KEY, OnlineError
 from vllm_plugin_tm.quantization.support_matrix import CHANNEL
@@ -85,7 +86,7 @@ class OnlineLinearMethod(CompressedTensorsLinearMethod):
             ),
             input_dim=1,
             output_dim=0,
-            weight_loader=extra_weight_attrs.get("weight_loader"),
+            weight_loader=keeping(extra_weight_attrs["weight_loader"]),
         )
         layer.register_parameter("weight", weight)
         initialize_online_processing(layer)
@@ -97,18 +98,17 @@ class OnlineLinearMethod(CompressedTensorsLinearMethod):
         """
         if getattr(layer, DONE, False):
             return
-        weight: Tensor = layer._parameters.pop("weight").data
+        weight: Tensor = layer._parameters.pop("weight")
+        options = self._config.options
+        pieces = pieces_of(weight, unit_rows(options))
         super().create_weights(layer, *self._arguments, **self._attributes)
         row_parallel = self._arguments[0] != self._arguments[2]
         parts = {name: param.data for name, param in layer.named_parameters(recurse=False)}
         scale_dtype = self._config.scale_dtype(weight.dtype)
-        options = self._config.options
         group, name = self._group_size, self._prefix
-        fill(parts, weight, group, options, scale_dtype, split=row_parallel, layer=name)
-        del weight
+        fill(parts, pieces, group, options, scale_dtype, split=row_parallel, layer=name)
+        del weight, pieces
         super().process_weights_after_loading(layer)
-        # Temporary tensors of many sizes leave holes: 10 MB more with every 20 reloads of 3 MB.
-        heap.trim()
         setattr(layer, DONE, True)
 
     def _settle(
