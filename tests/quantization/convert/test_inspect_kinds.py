@@ -133,3 +133,47 @@ def test_amx_takes_what_upstream_has_a_kernel_for(tmp_path, capsys, monkeypatch)
         assert main(["inspect", str(write(tmp_path / kind, kind)), "--json"]) == 0
         found = {module["module"]: module for module in json.loads(capsys.readouterr().out)}
         assert found[LINEAR]["kernel"] == kernel
+
+
+def write_stacked(folder, scales=(4, 128, 4)):
+    """A layer as gpt-oss holds it: a router and attention in 16 bits, experts in one tensor for
+    each projection, gates and ups in turns."""
+    prefix = "model.layers.0"
+    state = {
+        f"{prefix}.self_attn.o_proj.weight": torch.zeros(128, 128, dtype=torch.bfloat16),
+        f"{prefix}.mlp.router.weight": torch.zeros(4, 128, dtype=torch.bfloat16),
+        f"{prefix}.mlp.experts.gate_up_proj_blocks": torch.zeros(4, 128, 4, 16, dtype=torch.uint8),
+        f"{prefix}.mlp.experts.gate_up_proj_scales": torch.zeros(scales, dtype=torch.uint8),
+        f"{prefix}.mlp.experts.gate_up_proj_bias": torch.zeros(4, 128, dtype=torch.bfloat16),
+        f"{prefix}.mlp.experts.down_proj_blocks": torch.zeros(4, 128, 2, 16, dtype=torch.uint8),
+        f"{prefix}.mlp.experts.down_proj_scales": torch.zeros(4, 128, 2, dtype=torch.uint8),
+    }
+    config = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_experts_in_one_tensor_are_told_one_by_one(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "detect", lambda: Machine("cpu", "avx2"))
+    write_stacked(tmp_path)
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    found = {module["module"]: module for module in json.loads(capsys.readouterr().out)}
+    mlp = "model.layers.0.mlp"
+    want = {
+        "model.layers.0.self_attn.o_proj": ("bfloat16", [128, 128], 128 * 128 * 2, "upstream"),
+        f"{mlp}.router": ("bfloat16", [4, 128], 4 * 128 * 2, "upstream"),
+    }
+    for expert in range(4):
+        for name, k in (("gate_up_proj", 128), ("down_proj", 64)):
+            nbytes = 128 * (k // 2 + k // 32)
+            want[f"{mlp}.experts.{expert}.{name}"] = ("mxfp4 g32", [128, k], nbytes, "TM fp4")
+    fields = ("scheme", "shape", "nbytes", "kernel")
+    assert {name: tuple(each[f] for f in fields) for name, each in found.items()} == want
+
+
+def test_stacked_experts_of_other_shapes_are_refused(tmp_path, capsys):
+    write_stacked(tmp_path, scales=(4, 128, 3))
+    assert main(["inspect", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "model.layers.0.mlp.experts.gate_up_proj: blocks (4, 128, 4, 16)" in said
+    assert "scales (4, 128, 3)" in said

@@ -17,7 +17,9 @@ from vllm_plugin_tm.quantization.support_matrix import CHANNEL, WORD_BITS
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
 
-METHODS = ("compressed-tensors", "fp8", "gptq", "awq", "modelopt")
+STACKED = "mxfp4"
+"""The method whose experts lie in one tensor for each projection, as gpt-oss has them."""
+METHODS = ("compressed-tensors", "fp8", "gptq", "awq", "modelopt", STACKED)
 """The quantization methods whose modules are known."""
 
 _FP8 = "float8_e4m3fn"
@@ -30,7 +32,7 @@ class Held:
     """`name` is what is shown, `shape` [N, K]; `ours` the scheme of the support matrix that would
     run it, None where there is none, for the reason `why`; `expert_why` is a reason that holds for
     routed experts only; `amx`: on a processor with AMX upstream may have a kernel for linear layers
-    of this kind."""
+    of this kind; `activation`: that between the projections, where this is an expert's."""
 
     name: str
     shape: tuple[int, int]
@@ -41,6 +43,7 @@ class Held:
     why: str = ""
     expert_why: str = ""
     amx: bool = True
+    activation: str = "silu"
 
 
 def of_compressed_tensors(parts: Mapping[str, Stored], scheme: "QuantizationScheme") -> Held:
@@ -109,6 +112,27 @@ def of_method(module: str, parts: Mapping[str, Stored], quantization: dict) -> H
     channels = not block and not whole
     why = _MODELOPT_CHANNELS if method == "modelopt" and channels else ""
     return replace(_fp8(name, (n, k), block, why), amx=not channels)
+
+
+def of_stacked_experts(module: str, blocks: Stored, scales: Stored) -> Held:
+    """One of the experts whose e2m1 pairs are `blocks` u8 [E, N, K/32, 16] and whose exponents are
+    `scales` u8 [E, N, K/32]. Raises ConvertError naming the module for other tensors."""
+    name, group = _FP4_FORMATS["mxfp4-pack-quantized"]
+    shape = blocks.spec.shape
+    fits = (
+        len(shape) == 4
+        and shape[3] == group // 2
+        and scales.spec.shape == shape[:3]
+        and blocks.spec.dtype == scales.spec.dtype == torch.uint8
+    )
+    if not fits:
+        raise ConvertError(
+            f"{module}: blocks {shape} of {blocks.spec.dtype} and scales {scales.spec.shape} of "
+            f"{scales.spec.dtype} are not those of {STACKED!r}: uint8 [experts, rows, groups, "
+            f"{group // 2}] and uint8 [experts, rows, groups]"
+        )
+    held = Held(f"{name} g{group}", (shape[1], shape[2] * group), "fp4", name, group=group)
+    return replace(held, activation="swigluoai")
 
 
 def _packed_words(module: str, parts: Mapping[str, Stored], quantization: dict) -> Held:

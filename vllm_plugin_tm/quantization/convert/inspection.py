@@ -21,9 +21,11 @@ from vllm_plugin_tm.quantization.convert.checkpoint import (
 from vllm_plugin_tm.quantization.convert.errors import ConvertError
 from vllm_plugin_tm.quantization.convert.held import (
     METHODS,
+    STACKED,
     Held,
     of_compressed_tensors,
     of_method,
+    of_stacked_experts,
 )
 from vllm_plugin_tm.quantization.convert.safetensors_file import Reader, Stored
 from vllm_plugin_tm.quantization.support_matrix import (
@@ -104,6 +106,25 @@ def inspect(folder: Path, machine: Machine, source: Path | None = None) -> Itera
             kernel, why = _kernel(module, held, machine)
             nbytes = sum(stored.spec.nbytes for stored in parts.values())
             yield Inspected(module, held.name, held.shape, nbytes, kernel, why, error)
+    if method == STACKED:
+        yield from _stacked_experts(checkpoint, machine)
+
+
+def _stacked_experts(checkpoint: Checkpoint, machine: Machine) -> Iterator[Inspected]:
+    """Experts that share a tensor, one by one."""
+    for name, blocks in checkpoint.tensors.items():
+        module = name.removesuffix("_blocks")
+        scales = checkpoint.tensors.get(f"{module}_scales")
+        if module == name or scales is None:
+            continue
+        held = of_stacked_experts(module, blocks, scales)
+        experts = blocks.spec.shape[0]
+        parent, _, leaf = module.rpartition(".")
+        nbytes = (blocks.spec.nbytes + scales.spec.nbytes) // experts
+        for expert in range(experts):
+            one = f"{parent}.{expert}.{leaf}"
+            kernel, why = _kernel(one, held, machine)
+            yield Inspected(one, held.name, held.shape, nbytes, kernel, why)
 
 
 def _modules(checkpoint: Checkpoint) -> dict[str, dict[str, Stored]]:
@@ -161,8 +182,8 @@ def _kernel(module: str, held: Held, machine: Machine) -> tuple[str, str]:
     common = (held.weight_type, held.zero_points, held.group, "bfloat16")
     if expert:
         down = module.endswith((".down_proj", ".w2"))
-        hidden, inner = (n, k) if down else (k, n)
-        experts = MoeRequest(held.ours, *common, hidden, inner, inner, activation="silu")
+        hidden, inner = (n, k) if down else (k, n // 2 if module.endswith("gate_up_proj") else n)
+        experts = MoeRequest(held.ours, *common, hidden, inner, inner, held.activation)
         verdict = check_moe(experts, machine, envs.schemes())
     else:
         here = machine if held.amx else replace(machine, amx=False)
