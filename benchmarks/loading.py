@@ -3,7 +3,9 @@
 and from a W4A16 checkpoint. Run as `python -m benchmarks.loading`; the files lie in the page cache.
 
 Loading is everything between an empty process that has imported vLLM and a model that can run;
-reloading is vLLM's reload_weights of the same files into the running engine.
+reloading is vLLM's reload_weights of the same files into the running engine; "layers" is what of it
+is the quantized layers' own: copying their tensors from the files, checking and packing them, and
+copying them to where they serve.
 """
 
 import argparse
@@ -106,6 +108,23 @@ def _timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., 
     return run
 
 
+def _time_layers(seconds: list[float]) -> None:
+    """Adds to the last of `seconds` what processing layers of ours takes as they arrive."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    from vllm_plugin_tm import layer_table
+
+    process = layerwise._layerwise_process
+
+    def timed(layer: torch.nn.Module, info: Any) -> None:
+        start = time.perf_counter()
+        process(layer, info)
+        if layer_table.tm_kernel_of(layer) is not None:
+            seconds[-1] += time.perf_counter() - start
+
+    layerwise._layerwise_process = timed
+
+
 def _own_bytes() -> int:
     """Memory of this process that no file backs."""
     with open("/proc/self/status") as status:
@@ -131,11 +150,14 @@ def child(model: str, arguments: str, reloads: int) -> None:
         **json.loads(arguments),
     )
     again: list[float] = []
+    layers: list[float] = []
     reload = _timed(llm.collective_rpc, again)
     resident = _own_bytes() - before
+    _time_layers(layers)
     for _ in range(reloads):
+        layers.append(0.0)
         reload("reload_weights", kwargs={"weights_path": model})
-    found = {"load": seconds, "reload": again, "resident": [resident / 1e9]}
+    found = {"load": seconds, "reload": again, "layers": layers, "resident": [resident / 1e9]}
     print(json.dumps(found))
 
 
@@ -189,9 +211,10 @@ def main() -> None:
     ratio = statistics.median(
         a / b for a, b in zip(found["tm_w4a16"]["load"], found["bf16"]["load"], strict=True)
     )
-    rate = weights / 2 / statistics.median(found["W4A16 checkpoint"]["reload"]) / 1e9
     print(f"tm_w4a16 loads in {ratio:.2f} times the seconds of bf16 (paired rounds)")
-    print(f"reloading a W4A16 checkpoint: {rate:.2f} GB of 4-bit data a second")
+    for what, of in (("reload", "the whole of it"), ("layers", "the quantized layers alone")):
+        rate = weights / 2 / statistics.median(found["W4A16 checkpoint"][what]) / 1e9
+        print(f"reloading a W4A16 checkpoint, {of}: {rate:.2f} GB of 4-bit data a second")
 
 
 if __name__ == "__main__":
