@@ -3,7 +3,8 @@
 //
 // Activations kept: weights become fp32 by sign extension. Per 64 bytes of 4-bit weights (128 weights, 16
 // channels): 2 loads, 14 + 16 shifts, 16 conversions and, for each row, 16 multiply-adds: bound by the decoding
-// for one row (46 operations on two or three units). Of 8-bit weights (64): 14 shifts, 8 conversions.
+// for one row (46 operations on two or three units). Of 8-bit weights (64): 14 shifts, 8 conversions. From 32 rows on
+// both are decoded once for all (panel_kernel.h).
 // Activations as integers: 16-bit integers, two per lane, for vpmaddwd and vpaddd (vpmaddubsw saturates).
 #include "fp32_dot_avx2.h"
 #include "quantize.h"
@@ -14,6 +15,7 @@ namespace {
 template <DType D>
 struct Kept4 : Fp32Dot<Kept4<D>, D> {
   static constexpr int kDots = 8;
+  static constexpr bool kPanels = true;
 
   /// Nibble J/2 of the low (even J) or high (odd J) half, moved to the top and back with its sign.
   template <int J>
@@ -30,6 +32,7 @@ struct Kept4 : Fp32Dot<Kept4<D>, D> {
 template <DType D>
 struct Kept8 : Fp32Dot<Kept8<D>, D> {
   static constexpr int kDots = 4;
+  static constexpr bool kPanels = true;
 
   template <int J>
   static __m256i decode(__m256i raw) {

@@ -3,7 +3,7 @@
 //
 // Per 64 bytes of e4m3 (64 weights, 16 channels): 2 loads, 6 + 8 shifts, 8 ands, 8 multiplications and, for each row,
 // 8 multiply-adds. Of e2m1 (128 weights): 2 loads, 28 shifts, 16 permutes, 16 ands, 16 ors and, for each row, 16
-// multiply-adds. Both are bound by the decoding for one row.
+// multiply-adds. Both are bound by the decoding for one row, and decoded once for 32 rows and more (panel_kernel.h).
 #include "fp32_dot_avx2.h"
 #include "quantize_e4m3.h"
 
@@ -13,7 +13,7 @@ namespace {
 template <class I, DType D>
 struct E4m3 : Fp32Dot<I, D, DType::f32> {
   static constexpr int kDots = 4;
-  static constexpr bool kZeroPoints = false;
+  static constexpr bool kZeroPoints = false, kPanels = true;
   using Environment = KeepSubnormals;
 
   template <int J>
@@ -37,7 +37,7 @@ struct Rounded8 : E4m3<Rounded8, DType::f32> {
 template <DType D, DType S>
 struct Kept4 : Fp32Dot<Kept4<D, S>, D, S> {
   static constexpr int kDots = 8;
-  static constexpr bool kZeroPoints = false;
+  static constexpr bool kZeroPoints = false, kPanels = true;
 
   /// k = J sits at nibble J/2 of the low (even J) or high (odd J) half of a dword; vpermps looks at the low 3 bits.
   template <int J>

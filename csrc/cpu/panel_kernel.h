@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Many rows with 8-bit weights that become fp32 where decoding and multiply-adds share execution ports (Intel: two for
-// 512-bit vectors): a panel of weights is decoded once for all rows into the first-level cache, and the loop over rows
-// has nothing but multiply-adds in those ports. 4-bit weights, a shift and a permute each, gain nothing by it, and
-// fewer than 32 rows lose.
+// Many rows with weights that become fp32 where decoding and multiply-adds share execution ports: a panel of weights is
+// decoded once for all rows into the first-level cache, and the loop over rows has nothing but multiply-adds in those
+// ports. With AVX-512 that is so of 8-bit weights on Intel's two ports (4-bit ones, a shift and a permute each, gain
+// nothing); with AVX2, where 5 rows share a decoded weight and not 8, of all. Fewer than 32 rows lose.
 //
-// Per k and register tile of 32 channels x 8 rows: 2 loads, 8 broadcasts and 16 multiply-adds, which bound it. The
-// result has the same bits as that of the kernel that decodes in registers: the same sums in the same order.
+// Per k and register tile, which the multiply-adds bound: with AVX-512, of 32 channels x 8 rows, 2 loads, 8 broadcasts
+// and 16 multiply-adds; with AVX2, of 16 x 5, 2, 5 and 10. The result has the same bits as that of the kernel that
+// decodes in registers: the same sums in the same order.
 #pragma once
 
 #include "gemm_isa.h"
