@@ -19,7 +19,10 @@ PY := .venv/bin/python
 # Files of tests side by side, as many as there are cores for: most of a test with an engine is one
 # core at imports. Threads that wait must then sleep: each process has as many as there are cores.
 SIDE_BY_SIDE ?= 2
-PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest -p tools.fast_first -n $(SIDE_BY_SIDE) --dist loadfile
+PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest -p tools.fast_first -n $(SIDE_BY_SIDE) --dist loadfile \
+	--no-loadscope-reorder
+# Types are one of the tests.
+RUFF = $(PY) -m ruff check $(SOURCES) && exec $(PY) -m ruff format --check $(SOURCES)
 TOOL := "$(PYTHON)" -m tools
 # Python files that are not below the package: the linter sees them too.
 SOURCES := vllm_plugin_tm tools tests benchmarks examples csrc
@@ -45,15 +48,15 @@ serve: ## leave a server with the plugin on up until Ctrl-C (MODEL=folder PORT=n
 setup-test:
 	@exec $(TOOL).setup_env --for demo --for test
 
-test: lint ## set up, lint, and run the whole suite, a real server included
+test: setup-test ## set up, lint, and run the whole suite, a real server included
+	@$(RUFF)
 	@$(PYTEST) $(ARGS)
 
 test-fast: setup-test ## the tests that take seconds
 	@$(PYTEST) -m "not slow" $(ARGS)
 
 lint: setup-test ## ruff and mypy; warnings are errors
-	@exec $(PY) -m ruff check $(SOURCES)
-	@exec $(PY) -m ruff format --check $(SOURCES)
+	@$(RUFF)
 	@exec $(PY) -m mypy
 
 wheel: setup ## build dist/*.whl against the torch in .venv

@@ -92,19 +92,36 @@ def test_ci_calls_make_test_and_nothing_else():
     assert commands == ["exec make test </dev/null"]
 
 
-def test_slow_tests_come_last():
+def test_fast_tests_come_first_and_those_of_minutes_before_other_slow_ones():
     from tools import fast_first
 
     class Item:
-        def __init__(self, name, slow):
-            self.name, self.slow = name, slow
+        def __init__(self, path, slow):
+            self.path, self.slow = Path("tests") / path, slow
 
         def get_closest_marker(self, marker):
             return "yes" if marker == "slow" and self.slow else None
 
-    items = [Item("a", True), Item("b", False), Item("c", True), Item("d", False)]
+    paths = {
+        "kernels/test_moe.py": True,
+        "test_envs.py": False,
+        "e2e/test_serve.py": True,
+        "test_types.py": True,
+        "kernels/test_values.py": True,
+        "tools/test_tools_makefile.py": False,
+        "csrc/test_sanitizers.py": True,
+    }
+    items = [Item(path, slow) for path, slow in paths.items()]
     fast_first.pytest_collection_modifyitems(items)
-    assert [item.name for item in items] == ["b", "d", "a", "c"]
+    assert [item.path.relative_to("tests").as_posix() for item in items] == [
+        "test_envs.py",
+        "tools/test_tools_makefile.py",
+        "e2e/test_serve.py",
+        "test_types.py",
+        "csrc/test_sanitizers.py",
+        "kernels/test_moe.py",
+        "kernels/test_values.py",
+    ]
 
 
 def test_sigterm_to_make_reaches_the_tool(tmp_path):
