@@ -99,7 +99,7 @@ def mark(layers: Iterable[Layer]) -> list[Marked]:
             if param.dtype == torch.int8 and not _has_rows(param):
                 param.data = param.data.to(torch.int32)
             if param.is_cpu:
-                # Before the first write: what loading costs is mapping pages, most of all.
+                # Before the first write, which maps the pages.
                 torch.ops.vllm_plugin_tm.advise_huge_pages(param.data)
             _words(param).fill_(_MARKS[param.dtype][1])
             marked.append(Marked(layer, name, param))

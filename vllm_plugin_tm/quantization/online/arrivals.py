@@ -2,7 +2,7 @@
 """A weight that is quantized is never laid out in 16 bits: what would be copied into it is kept,
 most often as views of a mapped file, and quantized from where it lies.
 
-Memory that is written for the first time costs more than all else that loading does with it.
+Writing memory for the first time is what loading is slow at; docs/online.md has the figures.
 """
 
 from collections.abc import Callable, Mapping
