@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 NAMESPACE = "vllm_plugin_tm"
@@ -79,6 +80,15 @@ def is_available() -> bool:
     except (ExtensionMissingError, ImportError):
         return False
     return True
+
+
+def advise_huge_pages(tensor: "torch.Tensor") -> None:
+    """Asks the system for huge pages below a tensor that is not written yet: a hint, which comes to
+    nothing on other devices and without the extension."""
+    if tensor.is_cpu and is_available():
+        import torch
+
+        torch.ops.vllm_plugin_tm.advise_huge_pages(tensor)
 
 
 def cpu_isas() -> tuple[str, ...]:

@@ -15,6 +15,8 @@ import torch
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.parameter import BasevLLMParameter
 
+from vllm_plugin_tm.kernels import ops
+
 # Words that no real tensor holds throughout a row. That of packed codes has far-apart codes side by
 # side, unlike zero points, which gather around the middle. That of bytes is no 4-bit weight, and
 # 8-bit weights that are all alike would lie at the end of their range. The floating ones are NaNs
@@ -98,9 +100,7 @@ def mark(layers: Iterable[Layer]) -> list[Marked]:
                 continue
             if param.dtype == torch.int8 and not _has_rows(param):
                 param.data = param.data.to(torch.int32)
-            if param.is_cpu:
-                # Before the first write, which maps the pages.
-                torch.ops.vllm_plugin_tm.advise_huge_pages(param.data)
+            ops.advise_huge_pages(param.data)  # the first write maps the pages
             _words(param).fill_(_MARKS[param.dtype][1])
             marked.append(Marked(layer, name, param))
     return marked

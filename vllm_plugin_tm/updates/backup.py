@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+from vllm_plugin_tm.kernels import ops
+
 _TABLES = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 
 
@@ -45,6 +47,5 @@ class Backup:
         if storage.data_ptr() not in self._bytes:
             live = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
             kept = torch.empty_like(live)
-            if kept.is_cpu:
-                torch.ops.vllm_plugin_tm.advise_huge_pages(kept)
+            ops.advise_huge_pages(kept)
             self._bytes[storage.data_ptr()] = (live, kept.copy_(live))
