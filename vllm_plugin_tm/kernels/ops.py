@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 NAMESPACE = "vllm_plugin_tm"
@@ -82,7 +81,7 @@ def is_available() -> bool:
     return True
 
 
-def advise_huge_pages(tensor: "torch.Tensor") -> None:
+def advise_huge_pages(tensor: "Tensor") -> None:
     """Asks the system for huge pages below a tensor that is not written yet: a hint, which comes to
     nothing on other devices and without the extension."""
     if tensor.is_cpu and is_available():
