@@ -152,6 +152,26 @@ struct Avx2 {
   }
   static float reduce_max(Vec v) { return -reduce_min(_mm256_sub_ps(zero(), v)); }
 
+  /// The largest of 16-bit floats without their signs, as bits: these, too, order like the floats.
+  static uint32_t largest_halves(const char* x, int64_t count) {
+    __m256i most = _mm256_setzero_si256();
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+      const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 2 * i));
+      most = _mm256_max_epu16(most, _mm256_and_si256(bits, _mm256_set1_epi16(0x7FFF)));
+    }
+    const __m256i low = _mm256_and_si256(most, _mm256_set1_epi32(0xFFFF));
+    uint32_t largest = reduce_max(_mm256_max_epu32(low, _mm256_srli_epi32(most, 16)));
+    for (; i < count; ++i) {
+      uint16_t bits;
+      __builtin_memcpy(&bits, x + 2 * i, sizeof bits);
+      const uint32_t magnitude = bits & 0x7FFFu;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    return largest;
+  }
+
+  static constexpr bool kWide = false;
   /// round(clamp(x / scale + zero)) as 16 bytes; half to even. The division only near a half, see avx512.h.
   static __m128i codes(const Vec (&x)[2], Vec scale, Vec reciprocal, Vec zero) {
     __m256i q[2];

@@ -15,6 +15,7 @@
 //               Few, Many          register tiles {kTiles, kRows} for x by rows, x by tiles
 //               kManyFrom          rows from which on the latter costs less than it gains
 //               kPanels            whether kPanelRows rows and more take panels of decoded weights
+//               kParts             whether sums are exact, so that K may be cut into parts
 //               load, decode<j>, broadcast, dot, add, mul, set1, zero, bias_vec, store_y
 //               start, end         a group's accumulators before the dots, and into the totals after them
 //               prepare_row, Environment
@@ -25,6 +26,7 @@
 #include "gemm_isa.h"
 #include "interleave.h"
 #include "panel_kernel.h"
+#include "parts_kernel.h"
 
 namespace turbo::cpu {
 namespace {
@@ -40,6 +42,7 @@ struct Kernel {
   using Raw = typename I::Raw;
   static constexpr int kTileVecs = kTileN / I::kLanes;
   static constexpr int64_t kUnits = I::kDots * I::kPlanes;  // units of x per dword of weights
+  static constexpr int64_t kPrefetch = kPrefetchBytes / 4;
 
   /// One run of weights: where a group of tiles starts in each array, and the way to the next step.
   struct Stream {
@@ -82,9 +85,11 @@ struct Kernel {
     I::store_y(a.y_dtype, static_cast<char*>(a.y) + at * size, total, count);
   }
 
-  /// Where a register tile finds its units of x; `next` moves on by one dword of weights.
+  /// Where a register tile finds its units of x; `next` moves on by one dword of weights. `kMany`: row tiles are many,
+  /// and what they fetch ahead is told by Ahead.
   template <int R>
   struct Rows {
+    static constexpr bool kMany = false;
     const Unit* row[R];
     int64_t unit = 0;
     Rows(const PreparedX& x, int64_t first) {
@@ -96,10 +101,39 @@ struct Kernel {
   };
   template <int R>
   struct Tiled {
+    static constexpr bool kMany = true;
     const Unit* units;
     Tiled(const PreparedX& x, int64_t first) : units(row_units(x, first)) {}
     const Unit* at(int r, int u) const { return units + u * R + r; }
     void next() { units += R * kUnits; }
+  };
+
+  /// What one of many row tiles fetches, a few lines every kEvery dwords: the first one its own weights, a little further
+  /// on; the others, each a part, those of the next channels, which then come from the second-level cache when their turn
+  /// is, instead of from memory while no dot is computed.
+  struct Ahead {
+    const uint32_t* at;
+    int64_t dwords;  // how many each time
+
+    /// For row tile `index` of `count` and `groups` runs of `length` dwords: its own weights are at `own`, the next ones
+    /// at `next`, `step` from dword to dword.
+    Ahead(int64_t index, int64_t count, int64_t groups, int64_t length, const uint32_t* own, const uint32_t* next,
+          int64_t step)
+        : at(own + kPrefetch), dwords(length < kEvery ? length : kEvery) {
+      if (index == 0) return;
+      const int64_t times = groups * ceil_div(length, dwords);
+      if (count > 1) dwords = ceil_div(dwords, count - 1);
+      const int64_t begin = (index - 1) * times * dwords;
+      at = next + begin * step;
+      if (begin >= groups * length) dwords = 0;
+    }
+
+    template <int T>
+    void fetch(int64_t step) {
+      for (int64_t i = 0; i < dwords; ++i, at += step)
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) __builtin_prefetch(at + t * kTileN);
+    }
   };
 
   /// All dots of one dword of weights of V vectors with R rows, k ascending.
@@ -122,12 +156,13 @@ struct Kernel {
 
   /// One register tile: R rows from `row`, T tiles from `tile`, all of K.
   template <template <int> class X, int T, int R>
-  static void register_tile(const Gemm& a, const PreparedX& px, int64_t tile, int64_t row) {
+  static void register_tile(const Gemm& a, const PreparedX& px, int64_t tile, int64_t row, int64_t index) {
     constexpr int V = T * kTileVecs;
     const Layout& l = a.layout;
     const int64_t steps = l.group_dwords();
     Stream s = stream(a, tile);
     X<R> x(px, row);
+    [[maybe_unused]] Ahead ahead(index, px.row_tiles, l.groups, steps, s.weight, stream(a, tile + T).weight, s.weight_step);
     Vec total[V][R];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v)
@@ -137,14 +172,19 @@ struct Kernel {
     for (int64_t g = 0; g < l.groups; ++g) {
       Acc acc[V][R];
       I::start(acc, px, row * l.groups + g, l.groups, s.zero);
-      for (int64_t i = 0; i < steps; ++i, x.next(), s.weight += s.weight_step) {
-        Raw raw[V];
+      for (int64_t i = 0, stop; i < steps; i = stop) {
+        stop = X<R>::kMany && steps - i > kEvery ? i + kEvery : steps;
+        if constexpr (X<R>::kMany) ahead.template fetch<T>(s.weight_step);
+        for (; i < stop; ++i, x.next(), s.weight += s.weight_step) {
+          Raw raw[V];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) raw[v] = I::load(s.weight + v * I::kLanes);
+          for (int v = 0; v < V; ++v) raw[v] = I::load(s.weight + v * I::kLanes);
+          if constexpr (!X<R>::kMany) {
 #pragma GCC unroll 8
-        for (int t = 0; t < T; ++t)
-          __builtin_prefetch(s.weight + t * kTileN + kPrefetchBytes / 4);
-        dots<0>(acc, raw, x);
+            for (int t = 0; t < T; ++t) __builtin_prefetch(s.weight + t * kTileN + kPrefetch);
+          }
+          dots<0>(acc, raw, x);
+        }
       }
       I::end(total, acc, px, row * l.groups + g, l.groups, s.zero, s.scale);
       s.scale += s.scale_step;
@@ -159,20 +199,20 @@ struct Kernel {
   }
 
   template <template <int> class X, int T, int R>
-  static void with_rows(int64_t rows, const Gemm& a, const PreparedX& x, int64_t tile, int64_t row) {
+  static void with_rows(int64_t rows, const Gemm& a, const PreparedX& x, int64_t tile, int64_t row, int64_t index) {
     if constexpr (R > 1) {
-      if (rows < R) return with_rows<X, T, R - 1>(rows, a, x, tile, row);
+      if (rows < R) return with_rows<X, T, R - 1>(rows, a, x, tile, row, index);
     }
-    register_tile<X, T, R>(a, x, tile, row);
+    register_tile<X, T, R>(a, x, tile, row, index);
   }
 
   template <template <int> class X, int T, int R>
   static void with_tiles(int64_t tiles, int64_t rows, const Gemm& a, const PreparedX& x,
-                         int64_t tile, int64_t row) {
+                         int64_t tile, int64_t row, int64_t index) {
     if constexpr (T > 1) {
-      if (tiles < T) return with_tiles<X, T - 1, R>(tiles, rows, a, x, tile, row);
+      if (tiles < T) return with_tiles<X, T - 1, R>(tiles, rows, a, x, tile, row, index);
     }
-    with_rows<X, T, R>(rows, a, x, tile, row);
+    with_rows<X, T, R>(rows, a, x, tile, row, index);
   }
 
   /// Channel tiles outside, so that a register tile's weights stay near for all its row tiles.
@@ -184,7 +224,7 @@ struct Kernel {
       if (tiles > Shape::kTiles) tiles = Shape::kTiles;
       for (int64_t i = share.row_tiles.begin; i < share.row_tiles.end; ++i) {
         const Range r = part(x.rows, x.row_tiles, i);
-        with_tiles<X, Shape::kTiles, Shape::kRows>(tiles, r.end - r.begin, a, x, tile, r.begin);
+        with_tiles<X, Shape::kTiles, Shape::kRows>(tiles, r.end - r.begin, a, x, tile, r.begin, i);
       }
       tile += tiles;
     }
@@ -194,6 +234,8 @@ struct Kernel {
     [[maybe_unused]] const typename I::Environment environment{};
     if constexpr (I::kPanels)
       if (x.tiled && x.rows >= kPanelRows) return PanelKernel<I, Kernel>::run(a, x, share);
+    if constexpr (I::kParts)
+      if (x.tiled && PartsKernel<I, Kernel>::parts_of(a.layout) > 1) return PartsKernel<I, Kernel>::run(a, x, share);
     if (x.tiled)
       run_shape<Tiled, typename I::Many>(a, x, share);
     else

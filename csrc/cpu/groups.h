@@ -16,7 +16,7 @@ struct KeptGroups : B {
   using Vec = typename B::Vec;
   using Acc = Vec;
   static constexpr int64_t kManyFrom = 32;
-  static constexpr bool kRounded = false, kZeroPoints = true, kPanels = false;
+  static constexpr bool kRounded = false, kZeroPoints = true, kPanels = false, kParts = false;
   using Environment = AnyEnvironment;
   static int64_t zero_dwords(const Layout& l) { return l.zero_dwords(); }
 
@@ -70,7 +70,7 @@ struct IntegerGroups : B {
   using Vec = typename B::Vec;
   using Acc = typename B::Raw;
   static constexpr int64_t kManyFrom = 8;  // x is converted anyway
-  static constexpr bool kPanels = false;
+  static constexpr bool kPanels = false, kParts = true;
   using Environment = AnyEnvironment;
 
   template <int V, int R>

@@ -41,6 +41,13 @@ struct Quantize {
   /// Bits of the largest |x|; above those of infinity where one is not a number.
   template <DType D>
   static uint32_t largest_bits(const char* x, int64_t count) {
+    if constexpr (D == DType::bf16) return B::largest_halves(x, count) << 16;
+    if constexpr (D == DType::f16) {
+      const float largest = _cvtsh_ss(static_cast<uint16_t>(B::largest_halves(x, count)));
+      uint32_t bits;
+      __builtin_memcpy(&bits, &largest, sizeof bits);
+      return bits;
+    }
     typename B::Raw most = B::int_zero();
     for (int64_t i = 0; i < count; i += 16) {
       Vec v[kVecs];
@@ -96,6 +103,30 @@ struct Quantize {
     if (count < 16) __builtin_memcpy(out, buffer, count * kBytes);
   }
 
+  /// Rounds and stores 64 values at a time from i = 0 on, and moves i on. Returns two parts of the sum of their codes,
+  /// each off by 128.
+  template <class Format, DType D>
+  static __m128i round64(char* out, const char* x, int64_t count, int64_t& i, Vec scale, Vec reciprocal, Vec zero) {
+    __m512i sums = _mm512_setzero_si512();
+    const __m512i top = _mm512_set1_epi8(static_cast<char>(0x80)), order = _mm512_broadcast_i32x4(Format::order());
+    for (; i + 64 <= count; i += 64) {
+      Vec v[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) v[j] = B::template load_full<D>(x + (i + 16 * j) * dtype_size(D));
+      __m512i codes = B::codes64(v, scale, reciprocal, zero);
+      const __m512i flipped = _mm512_xor_si512(codes, top);
+      sums = _mm512_add_epi64(sums, _mm512_sad_epu8(flipped, _mm512_setzero_si512()));
+      codes = _mm512_shuffle_epi8(Format::kFlip ? flipped : codes, order);
+      if constexpr (Format::kWords) {
+        _mm512_storeu_si512(out + 2 * i, _mm512_cvtepi8_epi16(_mm512_castsi512_si256(codes)));
+        _mm512_storeu_si512(out + 2 * i + 64, _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(codes, 1)));
+      } else {
+        _mm512_storeu_si512(out + i, codes);
+      }
+    }
+    return _mm_cvtsi64_si128(_mm512_reduce_add_epi64(sums));
+  }
+
   /// Rounds `count` values and stores them, padded with zero codes to a whole dword of weights. Returns
   /// the sum of the codes, right where the zero point is 0.
   template <class Format, DType D>
@@ -104,7 +135,9 @@ struct Quantize {
     const Vec zero = B::set1(static_cast<float>(q.zero));
     __m128i sums = _mm_setzero_si128();
     constexpr int kBytes = Format::kWords ? 2 : 1;
-    for (int64_t i = 0; i < count; i += 16) {
+    int64_t i = 0;
+    if constexpr (B::kWide) sums = round64<Format, D>(out, x, count, i, scale, reciprocal, zero);
+    for (; i < count; i += 16) {
       const int64_t left = count - i < 16 ? count - i : 16;
       Vec v[kVecs];
       load16<D>(v, x + i * dtype_size(D), left);

@@ -92,6 +92,13 @@ void test_shapes() {
   }
 }
 
+/// Codes whose K is cut into parts for many rows.
+void test_long_rows() {
+  for (const Mode& mode : kModes)
+    if (mode.bytes())
+      run_case({mode, 13, 70, 4500, 1, 0, DType::bf16, mode.scale_dtype(DType::bf16, 0), false, true, Edge::end, 2, 0});
+}
+
 /// The same bits from one thread, from several, and from callers that run at the same time.
 void test_threads() {
   for (const Mode& mode : kModes)
@@ -148,6 +155,7 @@ int main(int argc, char** argv) {
   test_moe_threads();
   if (!threads_only) {
     test_shapes();
+    test_long_rows();
     test_moe_shapes();
     test_machine_limits();
     test_quantize_weights();

@@ -16,6 +16,8 @@ from linear_cases import (
     OWN_KERNELS,
     W8A8,
     WITHOUT_ZERO_POINTS,
+    assert_right,
+    expected,
     make_layer,
     make_x,
     pairwise,
@@ -69,6 +71,20 @@ def test_alone_and_in_any_batch(isa: str, threads: None, mode: str, case: dict[s
         for first in {0, 1, (x.shape[0] - rows) // 2, x.shape[0] - rows}:
             part = slice(first, min(first + rows, x.shape[0]))
             assert torch.equal(layer(x[part]), alone[part]), f"rows {part} differ from alone"
+
+
+@pytest.mark.parametrize("isa", OWN_KERNELS["w8a8"], indirect=True)
+@pytest.mark.parametrize(("mode", "k"), [*((mode, 9001) for mode in W8A8), ("w4a8", 20008)])
+def test_long_rows_of_codes(isa: str, threads: None, mode: str, k: int) -> None:
+    """K so long that the driver cuts it into parts for many rows."""
+    layer = make_layer(mode, 90, k, -1, torch.bfloat16, asymmetric=mode == "w4a8", bias=True)
+    x = make_x(300, k, torch.bfloat16)
+    alone = torch.cat([layer(row) for row in x[:40].split(1)])
+    for rows in (8, 13, 40):
+        assert torch.equal(layer(x[:rows]), alone[:rows])
+    torch.set_num_threads(3)
+    assert torch.equal(layer(x)[:40], alone)
+    assert_right(layer(x[:13]), expected(layer, x[:13]))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40, 600])
