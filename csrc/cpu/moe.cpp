@@ -305,10 +305,13 @@ void run_down(const Moe& a, const Gemm& all, const GemmIsa& isa, const ExpertRow
   });
 }
 
+/// What h is until it is rounded for the second product.
+DType h_dtype_of(const Moe& a) { return a.activations == Activations::kept ? a.dtype : DType::f32; }
+
 void run_chunk(const Moe& a, Isa isa, int64_t begin, int64_t end, const Parallel& parallel) {
   const int64_t tokens = end - begin, size = dtype_size(a.dtype);
   const Routing routing(a, begin, end);
-  const DType h_dtype = a.activations == Activations::kept ? a.dtype : DType::f32;
+  const DType h_dtype = h_dtype_of(a);
   Pieces results(result_scratch);
   char* h = nullptr;
   float* total = nullptr;
@@ -337,18 +340,23 @@ void run_chunk(const Moe& a, Isa isa, int64_t begin, int64_t end, const Parallel
            static_cast<char*>(a.y) + begin * a.w2.layout.n * size, parallel);
 }
 
-/// Scratch memory for one token, at most.
-int64_t token_bytes(const Moe& a) {
-  const auto row = [&](const Layout& l) {  // units of at most 4 bytes a weight, twice, and 12 bytes a group
-    return 2 * l.k * 4 + 12 * l.groups;
-  };
-  return a.top_k * (row(a.w13.layout) + row(a.w2.layout) + a.intermediate * 4) + a.w2.layout.padded_n() * 4;
+/// Scratch memory for one token, at most: as much as Routing, ExpertRows and run_chunk take where all experts' rows are
+/// in tiles. Fewer tokens at a time would read the weights more often.
+int64_t token_bytes(const Moe& a, Isa isa) {
+  const DType h_dtype = h_dtype_of(a);
+  const Gemm gate_up = product(a, a.w13, a.dtype, a.x, a.x_stride), down = product(a, a.w2, h_dtype, nullptr, 0);
+  const PreparedRows x(gate_up, kernels(gate_up, isa)), h(down, kernels(down, isa));
+  const auto rows = [](const PreparedRows& p) { return p.convert ? p.row_units * 4 : 0; };
+  const auto beside = [](const Layout& l) { return 12 * l.groups + 4; };
+  const int64_t pair = x.row_units * 4 + beside(a.w13.layout) + rows(h) + h.row_units * 4 + beside(a.w2.layout) +
+                       a.intermediate * dtype_size(h_dtype) + 8;
+  return rows(x) + beside(a.w13.layout) + a.top_k * pair + a.w2.layout.padded_n() * 4;
 }
 
 }  // namespace
 
 void moe(const Moe& args, Isa isa, const Parallel& parallel) {
-  const int64_t most = std::max<int64_t>(1, kMoeScratchBytes / token_bytes(args));
+  const int64_t most = std::max<int64_t>(1, kMoeScratchBytes / token_bytes(args, isa));
   const int64_t chunks = ceil_div(args.tokens, most);
   for (int64_t c = 0; c < chunks; ++c) {
     const Range tokens = part(args.tokens, chunks, c);
