@@ -70,23 +70,56 @@ struct A8 {
     float scale[Tile::kColumns][2];
     int32_t zero[Tile::kColumns][2];
 
-    TM_DEVICE RowValues(const GemmParams<A8>& p, const TileRows& tile, const Place<Tile>& place) {
+    /// `x` says which row of codes each row is.
+    template <class Codes>
+    TM_DEVICE RowValues(const Codes& x, const A8Finish& f, const TileRows& tile, const Place<Tile>& place) {
       TM_UNROLL
       for (int c = 0; c < Tile::kColumns; ++c)
         TM_UNROLL
         for (int i = 0; i < 2; ++i) {
           const int row = tile.first + place.first_row() + 8 * c + 2 * place.t + i;
           const bool inside = row < tile.end;
-          scale[c][i] = inside ? load_global(p.finish.x_scale + row) : 0.0f;
-          zero[c][i] = inside && p.finish.x_zero ? load_global(p.finish.x_zero + row) : 0;
+          const int source = inside ? x.source(row) : 0;
+          scale[c][i] = inside ? load_global(f.x_scale + source) : 0.0f;
+          zero[c][i] = inside && f.x_zero ? load_global(f.x_zero + source) : 0;
         }
     }
   };
 
+  /// The scales of one group, and where rows have zero points the sums of weights, of a thread's channels.
+  template <class Tile>
+  struct ChannelValues {
+    float scale[2 * Tile::kSlabs];
+    int32_t sum[2 * Tile::kSlabs];
+
+    TM_DEVICE ChannelValues(const A8Finish& f, int blocks, int expert, int first_channel, const Place<Tile>& place) {
+      const int block = first_channel / kBlockChannels + place.first_slab() / kBlockSlabs;
+      const bool inside = block < blocks;
+      // A thread's channels of all its slabs lie side by side.
+      const int64_t at = (int64_t{expert} * blocks + block) * kBlockChannels + place.g * (2 * kBlockSlabs) +
+                         place.first_slab() % kBlockSlabs * 2;
+      TM_UNROLL
+      for (int i = 0; i < 2 * Tile::kSlabs; ++i) {
+        scale[i] = inside ? load_scale(f.scale_type, f.scale, at + i) : 0.0f;
+        sum[i] = inside && f.x_zero ? load_global(f.weight_sum + at + i) : 0;
+      }
+    }
+  };
+
+  /// One group's value of an integer sum: register i of slab s and column c.
+  template <class Tile>
+  TM_DEVICE static float value(int32_t sum, const RowValues<Tile>& rows, const ChannelValues<Tile>& channels, int s, int c,
+                               int i) {
+    const int channel = 2 * s + i / 2;
+    const int32_t beyond = product(rows.zero[c][i % 2], channels.sum[channel]);
+    return cuda::multiply(cuda::multiply(to_float(add(sum, product(beyond, -1))), channels.scale[channel]),
+                          rows.scale[c][i % 2]);
+  }
+
   template <class Tile>
   TM_DEVICE static void finish(const GemmParams<A8>& p, const TileRows& tile, int first_channel,
                                const Place<Tile>& place, const Accumulators<Tile, float>& total) {
-    const RowValues<Tile> rows(p, tile, place);
+    const RowValues<Tile> rows(p.x, p.finish, tile, place);
     write_output<Tile>(p.finish.y_type, p.y, tile, first_channel, place,
                        [&](int s, int c, int i) { return cuda::multiply(total[s][c][i], rows.scale[c][i % 2]); });
   }
@@ -94,24 +127,10 @@ struct A8 {
   template <class Tile>
   TM_DEVICE static void finish(const GemmParams<A8>& p, const TileRows& tile, int first_channel,
                                const Place<Tile>& place, const Accumulators<Tile, int32_t>& sums) {
-    const RowValues<Tile> rows(p, tile, place);
-    const int block = first_channel / kBlockChannels + place.first_slab() / kBlockSlabs;
-    const bool inside = block < p.blocks;
-    // A thread's channels of all its slabs lie side by side.
-    const int at = block * kBlockChannels + place.g * (2 * kBlockSlabs) + place.first_slab() % kBlockSlabs * 2;
-    float scale[2 * Tile::kSlabs];
-    int32_t weights[2 * Tile::kSlabs];
-    TM_UNROLL
-    for (int i = 0; i < 2 * Tile::kSlabs; ++i) {
-      scale[i] = inside ? load_scale(p.finish.scale_type, p.finish.scale, at + i) : 0.0f;
-      weights[i] = inside && p.finish.x_zero ? load_global(p.finish.weight_sum + at + i) : 0;
-    }
-    write_output<Tile>(p.finish.y_type, p.y, tile, first_channel, place, [&](int s, int c, int i) {
-      const int channel = 2 * s + i / 2;
-      const int32_t beyond = product(rows.zero[c][i % 2], weights[channel]);
-      const float sum = to_float(add(sums[s][c][i], product(beyond, -1)));
-      return cuda::multiply(cuda::multiply(sum, scale[channel]), rows.scale[c][i % 2]);
-    });
+    const RowValues<Tile> rows(p.x, p.finish, tile, place);
+    const ChannelValues<Tile> channels(p.finish, p.blocks, tile.expert, first_channel, place);
+    write_output<Tile>(p.finish.y_type, p.y, tile, first_channel, place,
+                       [&](int s, int c, int i) { return value<Tile>(sums[s][c][i], rows, channels, s, c, i); });
   }
 
   /// Wraps around: what it is a part of fits.

@@ -40,6 +40,9 @@ struct Rows16 {
 struct Codes8 {
   const Vec4* codes;
   int slabs;
+
+  /// The row of codes, and of what belongs to it, that row `row` of the product is.
+  TM_DEVICE int source(int row) const { return row; }
 };
 
 /// The rows of a tile that a thread brings to shared memory, chunk by chunk.
@@ -54,6 +57,15 @@ struct LoaderShare {
 /// Rows of experts: row r of the product is row sorted[r] / top_k of x, or row r itself where sorted is nullptr.
 struct RoutedRows16 {
   Rows16 rows;
+  const int32_t* sorted;
+  int top_k;
+
+  TM_DEVICE int source(int row) const { return sorted ? load_global(sorted + row) / top_k : row; }
+};
+
+/// The same of codes.
+struct RoutedCodes8 {
+  Codes8 rows;
   const int32_t* sorted;
   int top_k;
 
@@ -174,6 +186,37 @@ class ActivationLoader<Tile, Codes8> : LoaderShare<Tile, 64> {
   int row_, end_, thread_;
   const Vec4* from_;
   uint32_t place_;
+};
+
+template <class Tile>
+class ActivationLoader<Tile, RoutedCodes8> : LoaderShare<Tile, 64> {
+  using Share = LoaderShare<Tile, 64>;
+
+ public:
+  TM_DEVICE ActivationLoader(const RoutedCodes8& in, const TileRows& rows, int thread)
+      : codes_(in.rows.codes), slabs_(in.rows.slabs), row_(rows.first + thread / Share::kRowChunks), end_(rows.end),
+        thread_(thread), place_(SharedRows<64>::offset(thread / Share::kRowChunks, thread % Share::kRowChunks)) {
+    TM_UNROLL
+    for (int j = 0; j < kRows; ++j) source_[j] = is_row(j) ? in.source(row_ + j * Share::kStepRows) : 0;
+  }
+
+  TM_DEVICE void load(int slab, uint32_t to) const {
+    share<Share::kChunks, Tile::kThreads>(thread_, [&](int, int j) {
+      const int64_t at = (int64_t{source_[j]} * slabs_ + slab) * Share::kRowChunks + thread_ % Share::kRowChunks;
+      cp_async_16(to + place_ + static_cast<uint32_t>(j * Share::kStepRows * 64), codes_ + at,
+                  is_row(j) ? kChunkBytes : 0);
+    });
+  }
+
+ private:
+  static constexpr int kRows = (Share::kChunks + Tile::kThreads - 1) / Tile::kThreads;
+
+  TM_DEVICE bool is_row(int j) const { return row_ + j * Share::kStepRows < end_; }
+
+  const Vec4* codes_;
+  int slabs_, row_, end_, thread_;
+  uint32_t place_;
+  int source_[kRows];
 };
 
 /// Reads B fragments from a tile of x, which begins at a multiple of 128 bytes. A step is 32 bytes of k.

@@ -97,6 +97,6 @@ int tm_cuda_plan_moe_tile(int64_t tokens, int64_t top_k, int64_t experts) {
   return cuda::plan_moe_tile(tokens, top_k, experts);
 }
 int64_t tm_cuda_moe_bytes(const cuda::Moe* args, int tile) { return cuda::moe_bytes(*args, tile); }
-int tm_cuda_w4a16_moe(const cuda::Moe* args, int tile, void* stream, char* error, size_t error_bytes) {
-  return report(cuda::w4a16_moe(*args, tile, stream), error, error_bytes);
+int tm_cuda_moe(const cuda::Moe* args, int tile, void* stream, char* error, size_t error_bytes) {
+  return report(cuda::moe(*args, tile, stream), error, error_bytes);
 }

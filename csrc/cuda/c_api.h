@@ -54,6 +54,6 @@ TM_EXPORT int tm_cuda_a8_linear(const turbo::cuda::LinearA8* args, const turbo::
                                 char* error, size_t error_bytes);
 TM_EXPORT int tm_cuda_plan_moe_tile(int64_t tokens, int64_t top_k, int64_t experts);
 TM_EXPORT int64_t tm_cuda_moe_bytes(const turbo::cuda::Moe* args, int tile);
-TM_EXPORT int tm_cuda_w4a16_moe(const turbo::cuda::Moe* args, int tile, void* stream, char* error, size_t error_bytes);
+TM_EXPORT int tm_cuda_moe(const turbo::cuda::Moe* args, int tile, void* stream, char* error, size_t error_bytes);
 
 }  // extern "C"

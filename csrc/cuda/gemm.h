@@ -150,12 +150,12 @@ struct Gemm {
   }
 
   /// The zero points of the one group.
-  TM_DEVICE static Group<Tile> whole_group(const Params& p, int tile_n, const Place<Tile>& place) {
+  TM_DEVICE static Group<Tile> whole_group(const Params& p, int tile_n, int expert, const Place<Tile>& place) {
     Group<Tile> out = {};
     if constexpr (Op::kWeightBits == 4) {
       const int block = tile_n * kTileBlocks + place.first_slab() / kBlockSlabs;
-      const auto* zeros = reinterpret_cast<const uint32_t*>(p.zero);
-      spread_zeros(zeros && block < p.blocks ? load_global(zeros + block * 8 + place.g) : kNoZeroPoints, place, out);
+      const auto* zeros = reinterpret_cast<const uint32_t*>(p.zero) + (expert * p.blocks + block) * int64_t{8};
+      spread_zeros(p.zero && block < p.blocks ? load_global(zeros + place.g) : kNoZeroPoints, place, out);
     }
     return out;
   }
@@ -232,7 +232,7 @@ struct Gemm {
     for (int i = 0; i < Tile::kStages - 1; ++i) load_next(first + i);
 
     Group<Tile> group = {};
-    if constexpr (kOne) group = whole_group(p, tile_n, place);
+    if constexpr (kOne) group = whole_group(p, tile_n, rows.expert, place);
     GroupTurn turn(p.group_slabs, kSlabGroups, first);
     Sums sums;
     Totals total;

@@ -50,9 +50,8 @@ std::string quantize_x(const QuantizeX& args, void* stream) {
     return "quantize: rows: expected at most " + std::to_string(kMost) + ", k: 1 to " + std::to_string(kMost);
   if (reinterpret_cast<uintptr_t>(args.codes) % 16) return "quantize: codes: expected a multiple of 16 bytes";
   if (!args.given_scale && !args.symmetric && !args.zero) return "quantize: zero: expected memory, given none";
-  QuantizeParams p{};
-  p.x = rows16(args.x, args.x_stride, args.k);
-  p.type = {args.dtype == DType::bf16};
+  QuantizeParams<Values16> p{};
+  p.x = {rows16(args.x, args.x_stride, args.k), {args.dtype == DType::bf16}};
   p.given_scale = args.given_scale;
   p.given_zero = args.given_zero;
   p.symmetric = args.symmetric;
@@ -60,23 +59,30 @@ std::string quantize_x(const QuantizeX& args, void* stream) {
   p.codes = static_cast<Vec4*>(args.codes);
   p.scale = args.scale;
   p.zero = args.zero;
-  return launch<Quantize>({static_cast<unsigned>(args.rows), 1}, p, static_cast<Stream>(stream));
+  return launch<Quantize<Values16>>({static_cast<unsigned>(args.rows), 1}, p, static_cast<Stream>(stream));
+}
+
+std::string a8_refusal(const Layout& l, ScaleType scale_type, bool x_zeros) {
+  if (l.groups > 1 && scale_type == ScaleType::f32) return "scale: expected 16 bits with groups, given float32";
+  if (l.groups > 1 && l.k / l.groups > kMostA8Group)
+    return "group size " + std::to_string(l.k / l.groups) + ": expected at most " + std::to_string(kMostA8Group) +
+           ", or all of k";
+  // What an int32 can hold of sums of (c - zx) * q: 255 or 128, times 128 or 15, times k.
+  const int64_t most_k = INT_MAX / ((x_zeros ? 255 : 128) * (l.bits == 8 ? 128 : 15));
+  if (l.groups == 1 && l.k > most_k)
+    return "k = " + std::to_string(l.k) + ": expected at most " + std::to_string(most_k);
+  return {};
 }
 
 std::string a8_linear(const LinearA8& args, const LinearPlan& plan, void* stream) {
   const Layout& l = args.linear.layout;
   const std::string op = "w" + std::to_string(l.bits) + "a8_linear: ";
   if (args.linear.rows == 0) return {};
-  if (const std::string reason = refusal(args.linear, plan); !reason.empty()) return op + reason;
-  if (l.groups > 1 && args.scale_type == ScaleType::f32) return op + "scale: expected 16 bits with groups, given float32";
-  if (l.groups > 1 && l.k / l.groups > kMostA8Group)
-    return op + "group size " + std::to_string(l.k / l.groups) + ": expected at most " + std::to_string(kMostA8Group) +
-           ", or all of k";
-  if (args.x_zero && (l.bits != 8 || !args.weight_sum)) return op + "x_zero: expected weights of 8 bits and their sums";
-  // What an int32 can hold of sums of (c - zx) * q: 255 or 128, times 128 or 15, times k.
-  const int64_t most_k = INT_MAX / ((args.x_zero ? 255 : 128) * (l.bits == 8 ? 128 : 15));
-  if (l.groups == 1 && l.k > most_k)
-    return op + "k = " + std::to_string(l.k) + ": expected at most " + std::to_string(most_k);
+  std::string reason = refusal(args.linear, plan);
+  if (reason.empty()) reason = a8_refusal(l, args.scale_type, args.x_zero);
+  if (reason.empty() && args.x_zero && (l.bits != 8 || !args.weight_sum))
+    reason = "x_zero: expected weights of 8 bits and their sums";
+  if (!reason.empty()) return op + reason;
   return (l.bits == 8 ? &launch_w8a8 : &launch_w4a8)(args, plan, static_cast<Stream>(stream));
 }
 

@@ -90,5 +90,7 @@ struct LinearA8 {
   const int32_t* weight_sum;
 };
 std::string a8_linear(const LinearA8& args, const LinearPlan& plan, void* stream);
+/// Why weights have no kernel with codes of x, `x_zeros` saying whether those have zero points; or empty.
+std::string a8_refusal(const Layout& layout, ScaleType scale_type, bool x_zeros);
 
 }  // namespace turbo::cuda

@@ -12,9 +12,61 @@
 
 namespace turbo::cuda {
 
-struct QuantizeParams {
+/// Neighbours in k that are rounded together.
+inline constexpr int kQuantizeRun = 16;
+
+/// x of 16-bit elements, as a caller has it.
+struct Values16 {
   Rows16 x;
   Half16 type;
+
+  TM_DEVICE int k() const { return x.k; }
+
+  /// v = the values from `first` on, 0 where the row ends.
+  TM_DEVICE void load(int64_t row, int first, float (&v)[kQuantizeRun]) const {
+    const uint16_t* from = x.x + row * x.stride + first;
+    if (x.vectors && first + kQuantizeRun <= x.k) {
+      TM_UNROLL
+      for (int i = 0; i < kQuantizeRun / 8; ++i) {
+        const Vec4 chunk = load_global(reinterpret_cast<const Vec4*>(from) + i);
+        TM_UNROLL
+        for (int e = 0; e < 8; ++e)
+          v[8 * i + e] = to_float(type, static_cast<uint16_t>(chunk.v[e / 2] >> (16 * (e % 2))));
+      }
+      return;
+    }
+    TM_UNROLL
+    for (int e = 0; e < kQuantizeRun; ++e) v[e] = first + e < x.k ? to_float(type, load_global(from + e)) : 0.0f;
+  }
+};
+
+/// fp32 rows of whole slabs: what is between two products.
+struct Values32 {
+  const float* x;
+  int slabs, columns;
+
+  TM_DEVICE int k() const { return columns; }
+
+  TM_DEVICE void load(int64_t row, int first, float (&v)[kQuantizeRun]) const {
+    const float* from = x + row * slabs * kSlabK + first;
+    if (first + kQuantizeRun <= columns) {
+      TM_UNROLL
+      for (int i = 0; i < kQuantizeRun / 4; ++i) {
+        const Vec4 chunk = load_global(reinterpret_cast<const Vec4*>(from) + i);
+        TM_UNROLL
+        for (int e = 0; e < 4; ++e) v[4 * i + e] = as_float(chunk.v[e]);
+      }
+      return;
+    }
+    TM_UNROLL
+    for (int e = 0; e < kQuantizeRun; ++e) v[e] = first + e < columns ? load_global(from + e) : 0.0f;
+  }
+};
+
+template <class Values>
+struct QuantizeParams {
+  Values x;
+  const int32_t* rows;        // [1]: how many there are, at most as many as blocks; nullptr: as many
   const float* given_scale;   // [1]; nullptr: of each row
   const int32_t* given_zero;  // [1] or nullptr; with a given scale only
   bool symmetric;             // no zero points
@@ -24,11 +76,12 @@ struct QuantizeParams {
   int32_t* zero;              // [rows], or nullptr where all are 0
 };
 
+template <class Values>
 struct Quantize {
-  using Params = QuantizeParams;
+  using Params = QuantizeParams<Values>;
   static constexpr int kThreads = 256, kMinBlocks = 4, kWarps = kThreads / kWarpLanes;
   static constexpr int kSharedBytes = 3 * kWarps * 4;
-  static constexpr int kRun = 16;  // neighbours in k that are rounded together
+  static constexpr int kRun = kQuantizeRun;
   static constexpr uint32_t kInfinityBits = 0x7F800000u;
 
   static std::string name() { return "quantize"; }
@@ -49,28 +102,11 @@ struct Quantize {
     float scale, zero;
   };
 
-  /// v = the values from k on, 0 where the row ends.
-  TM_DEVICE static void load(const Params& p, int64_t row, int k, float (&v)[kRun]) {
-    const uint16_t* from = p.x.x + row * p.x.stride + k;
-    if (p.x.vectors && k + kRun <= p.x.k) {
-      TM_UNROLL
-      for (int i = 0; i < kRun / 8; ++i) {
-        const Vec4 chunk = load_global(reinterpret_cast<const Vec4*>(from) + i);
-        TM_UNROLL
-        for (int e = 0; e < 8; ++e)
-          v[8 * i + e] = to_float(p.type, static_cast<uint16_t>(chunk.v[e / 2] >> (16 * (e % 2))));
-      }
-      return;
-    }
-    TM_UNROLL
-    for (int e = 0; e < kRun; ++e) v[e] = k + e < p.x.k ? to_float(p.type, load_global(from + e)) : 0.0f;
-  }
-
   TM_DEVICE static Range range_of_row(const Params& p, int64_t row, int thread) {
     Range range = {0, 0.0f, 0.0f};
-    for (int k = thread * kRun; k < p.x.k; k += kThreads * kRun) {
+    for (int k = thread * kRun; k < p.x.k(); k += kThreads * kRun) {
       float v[kRun];
-      load(p, row, k, v);
+      p.x.load(row, k, v);
       TM_UNROLL
       for (int e = 0; e < kRun; ++e) range.take({as_bits(v[e]) & 0x7FFFFFFFu, v[e], v[e]});
     }
@@ -119,6 +155,7 @@ struct Quantize {
   TM_DEVICE static void run(const Params& p) {
     const int thread = thread_index();
     const int64_t row = block_index_x();
+    if (p.rows && row >= load_global(p.rows)) return;
     const Rounding by = rounding_of(p, range_of_row(p, row, thread));
     if (thread == 0) {
       store_global(p.scale + row, by.scale);
@@ -127,7 +164,7 @@ struct Quantize {
     const int runs = p.slabs * (kSlabK / kRun);
     for (int i = thread; i < runs; i += kThreads) {
       float v[kRun];
-      load(p, row, i * kRun, v);
+      p.x.load(row, i * kRun, v);
       Vec4 codes;
       TM_UNROLL
       for (int t = 0; t < 4; ++t) {
@@ -135,7 +172,7 @@ struct Quantize {
         TM_UNROLL
         for (int b = 0; b < 4; ++b) {
           const int k = 2 * t + 8 * (b % 2) + b / 2;  // layout.h
-          const bool inside = i * kRun + k < p.x.k;
+          const bool inside = i * kRun + k < p.x.k();
           codes.v[t] |= inside ? code(v[k], by) << (8 * b) : 0;
         }
       }

@@ -49,6 +49,16 @@ inline cuda::DType half_dtype(const char* op, const char* name, ScalarType type)
   return cuda::DType::f16;
 }
 
+inline cuda::ScaleType scale_type_of(const char* op, const char* name, ScalarType type) {
+  if (type == ScalarType::Float) return cuda::ScaleType::f32;
+  return half_dtype(op, name, type) == cuda::DType::f16 ? cuda::ScaleType::f16 : cuda::ScaleType::bf16;
+}
+
+inline void check_no_x_groups(const char* op, bool x_groups) {
+  STD_TORCH_CHECK(!x_groups, op, ": argument 'x_groups': expected False: activations that are rounded by groups have no ",
+                  "CUDA kernel");
+}
+
 inline cuda::Layout cuda_layout(const char* op, int64_t n, int64_t k, int64_t groups, int64_t bits) {
   const cuda::Layout layout{n, k, groups, bits};
   const std::string reason = layout.refusal();

@@ -135,15 +135,10 @@ Tensor multiply_codes(Call& call, cuda::ScaleType scale_type, const Rounding& ro
 Tensor w4a8_linear(Tensor x, Tensor weight, Tensor scale, MaybeTensor zero_point, MaybeTensor bias, int64_t n,
                    int64_t group_size, bool x_groups) {
   Call call("w4a8_linear", x, n);
-  STD_TORCH_CHECK(!x_groups, call.op, ": argument 'x_groups': expected False: activations that are rounded by groups ",
-                  "have no CUDA kernel");
+  check_no_x_groups(call.op, x_groups);
   const cuda::Layout layout = cuda_layout(call.op, n, call.k(), call.groups(group_size), 4);
-  const bool wide = scale.scalar_type() == ScalarType::Float;
-  const cuda::DType half = wide ? cuda::DType::f16 : half_dtype(call.op, "scale", scale.scalar_type());
   call.set_weights(layout, weight, scale, scale.scalar_type(), zero_point, bias);
-  const cuda::ScaleType type = wide                       ? cuda::ScaleType::f32
-                               : half == cuda::DType::f16 ? cuda::ScaleType::f16
-                                                          : cuda::ScaleType::bf16;
+  const cuda::ScaleType type = scale_type_of(call.op, "scale", scale.scalar_type());
   const MaybeTensor none;
   return multiply_codes(call, type, {true, none, none}, nullptr);
 }

@@ -26,6 +26,11 @@ int64_t gate_up_channels(int64_t n) {
   return 2 * ((n / 2 + kTile - 1) / kTile * kTile);
 }
 
+void check_gate_up(const char* op, const char* name, bool gate_up, int64_t n) {
+  STD_TORCH_CHECK(!gate_up || n % 2 == 0, op, ": argument '", name, "': expected as many gate as up rows, given ", n,
+                  " rows");
+}
+
 /// Packs tensors of the host; `third` are the sums of 8-bit weights, else zero points or nothing. `gates`: how many
 /// rows are gates, 0 for none.
 Outputs pack(const cuda::Layout& layout, int64_t code_bits, const Tensor& codes, const Tensor& scale,
@@ -75,8 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> w4a16_pack(Tensor codes, Tensor scale, MaybeT
                   text(scale.sizes()));
   const int32_t device = codes.get_device_index();
   const int64_t n = codes.size(0), groups = scale.size(1);
-  STD_TORCH_CHECK(!gate_up || n % 2 == 0, kOp, ": argument 'weight_packed': expected as many gate as up rows, given ", n,
-                  " rows");
+  check_gate_up(kOp, "weight_packed", gate_up, n);
   const cuda::Layout layout = cuda_layout(kOp, gate_up ? gate_up_channels(n) : n, k, groups, 4);
   const bool bytes = codes.scalar_type() == ScalarType::Char;
   check_cuda(kOp, "weight_packed", codes, device, bytes ? ScalarType::Char : ScalarType::Int,
@@ -92,16 +96,16 @@ std::tuple<Tensor, Tensor, Tensor> w4a16_pack(Tensor codes, Tensor scale, MaybeT
 
 std::tuple<Tensor, Tensor, Tensor> w8a8_pack(Tensor weight, Tensor scale, bool gate_up) {
   constexpr const char* kOp = "w8a8_pack";
-  STD_TORCH_CHECK(!gate_up, kOp, ": argument 'gate_up': experts of W8A8 have no CUDA kernel");
   STD_TORCH_CHECK(weight.is_cuda() && weight.dim() == 2 && weight.numel() > 0, kOp,
                   ": argument 'weight': expected shape [N, K], neither 0, on a CUDA device, given ",
                   text(weight.sizes()));
   const int32_t device = weight.get_device_index();
   const int64_t n = weight.size(0), k = weight.size(1);
-  const cuda::Layout layout = cuda_layout(kOp, n, k, 1, 8);
+  check_gate_up(kOp, "weight", gate_up, n);
+  const cuda::Layout layout = cuda_layout(kOp, gate_up ? gate_up_channels(n) : n, k, 1, 8);
   check_cuda(kOp, "weight", weight, device, ScalarType::Char, {n, k});
   check_cuda(kOp, "scale", scale, device, ScalarType::Float, {n, 1});
-  return on_device_of(weight, pack(layout, 8, to_host(weight), to_host(scale), {}, 0));
+  return on_device_of(weight, pack(layout, 8, to_host(weight), to_host(scale), {}, gate_up ? n / 2 : 0));
 }
 
 }  // namespace

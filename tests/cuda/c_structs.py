@@ -101,7 +101,7 @@ class Moe(ctypes.Structure):
     """turbo::cuda::Moe."""
 
     _fields_ = (
-        ("dtype", ctypes.c_int),
+        *((name, ctypes.c_int) for name in ("scheme", "dtype", "scale_type")),
         *((name, ctypes.c_int64) for name in ("tokens", "top_k", "experts", "known")),
         *((name, ctypes.c_int64) for name in ("hidden", "intermediate")),
         ("x", _POINTERS),

@@ -12,9 +12,12 @@ from cuda_device import DTYPES, Device, Packed, Place
 from moe_cases import Call, MoeLayer
 from torch import Tensor
 
+from vllm_plugin_tm.kernels import moe_activation
 from vllm_plugin_tm.kernels.reference_moe import Experts
 
 PLAIN = Place()
+# turbo::cuda::MoeScheme
+SCHEMES = ("w4a16", "w4a8", "w8a8")
 # turbo::kActivationNames
 ACTIVATIONS = (
     *("swiglu", "swiglustep", "situ", "gelu", "gelu_tanh", "silu_no_mul"),
@@ -37,7 +40,7 @@ def pack_layer(sim: Device, layer: MoeLayer) -> PackedLayer:
     """A layer in the device's layout."""
     gated = layer.activation.gated
     w13, w2 = (
-        _pack(sim, weights, k, gate_up)
+        _pack(sim, weights, k, gate_up, 8 if layer.op == "w8a8" else 4)
         for weights, k, gate_up in (
             (layer.w13, layer.hidden, gated),
             (layer.w2, layer.intermediate, False),
@@ -48,9 +51,9 @@ def pack_layer(sim: Device, layer: MoeLayer) -> PackedLayer:
     )
 
 
-def _pack(sim: Device, weights: Experts, k: int, gate_up: bool) -> Packed:
+def _pack(sim: Device, weights: Experts, k: int, gate_up: bool, width: int) -> Packed:
     parts = [
-        sim.pack(codes, scale, zero_point, k, weights.bits, gate_up=gate_up)
+        sim.pack(codes, scale, zero_point, k, weights.bits, width, gate_up)
         for codes, scale, zero_point, _ in map(weights.arguments, range(weights.codes.shape[0]))
     ]
     zeros = [part.zero for part in parts if part.zero is not None]
@@ -88,6 +91,18 @@ def _weights(
         yield ExpertWeights(packed.layout, weight, scale, zero, bias_at)
 
 
+@dataclass(frozen=True)
+class Routed:
+    """What a launch takes beside a layer's weights: x [T, H], the routing, what the layer is."""
+
+    x: Tensor
+    topk_weights: Tensor
+    topk_ids: Tensor
+    intermediate: int
+    activation: moe_activation.Activation
+    expert_map: Tensor | None = None
+
+
 def run(
     sim: Device,
     call: Call,
@@ -96,21 +111,40 @@ def run(
     place: Place = PLAIN,
 ) -> Tensor:
     """y [T, H] of a layer on its activations and routing."""
-    layer, x = call.layer, call.x
-    packed = packed or pack_layer(sim, layer)
-    tokens, top_k = call.topk_ids.shape
-    map_ = layer.expert_map
+    layer = call.layer
+    routing = (call.x, call.topk_weights, call.topk_ids)
+    routed = Routed(*routing, layer.intermediate, layer.activation, layer.expert_map)
+    return launch(sim, layer.op, packed or pack_layer(sim, layer), routed, tile, place)
+
+
+def launch(
+    sim: Device,
+    scheme: str,
+    packed: PackedLayer,
+    call: Routed,
+    tile: int | None = None,
+    place: Place = PLAIN,
+) -> Tensor:
+    """y [T, H] of experts whose packed weights are here."""
+    (tokens, top_k), (_, hidden) = call.topk_ids.shape, call.x.shape
+    weights, map_ = packed.w13.layout, call.expert_map
+    # One expert after another, each as long as the layout says.
+    experts = packed.w13.weight.numel() // (
+        -(-weights.n // 64) * -(-weights.k // 64) * 64 * 64 * weights.bits // 32
+    )
     if tile is None:
-        tile = sim.library.tm_cuda_plan_moe_tile(tokens, top_k, layer.experts)
-    a = layer.activation
+        tile = sim.library.tm_cuda_plan_moe_tile(tokens, top_k, experts)
+    a = call.activation
     with ExitStack() as stack:
         enter = stack.enter_context
         args = Moe(
-            DTYPES[x.dtype],
-            *(tokens, top_k, layer.experts, layer.experts if map_ is None else len(map_)),
-            *(layer.hidden, layer.intermediate),
-            enter(sim.rows(x, place)),
-            layer.hidden + place.pad,
+            SCHEMES.index(scheme),
+            DTYPES[call.x.dtype],
+            DTYPES[packed.w13.scale.dtype],
+            *(tokens, top_k, experts, experts if map_ is None else len(map_)),
+            *(hidden, call.intermediate),
+            enter(sim.rows(call.x, place)),
+            hidden + place.pad,
             enter(_weights(sim, "w13", packed.w13, packed.w13_bias)),
             enter(_weights(sim, "w2", packed.w2, packed.w2_bias)),
             Activation(ACTIVATIONS.index(a.name), a.alpha, a.beta, a.limit),
@@ -119,10 +153,10 @@ def run(
             call.topk_ids.dtype == torch.int64,
             enter(sim.array("expert_map", map_)),
         )
-        y = enter(sim.array("y", x.numel() * 2))
+        y = enter(sim.array("y", call.x.numel() * 2))
         assert y is not None
         args.y = y
         room = sim.library.tm_cuda_moe_bytes(ctypes.byref(args), tile)
         args.memory = enter(sim.array("memory", room))
-        sim.call("tm_cuda_w4a16_moe", ctypes.byref(args), tile, None)
-        return sim.read(y, *x.shape, dtype=x.dtype)
+        sim.call("tm_cuda_moe", ctypes.byref(args), tile, None)
+        return sim.read(y, tokens, hidden, dtype=call.x.dtype)

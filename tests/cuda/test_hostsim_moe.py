@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routed experts of W4A16 on the simulator against the float64 oracle: routing on the device, two
-products over the tiles of all experts, the sum over them."""
+"""Routed experts on the simulator against the float64 oracle: routing on the device, two products
+over the tiles of all experts, with codes of x and of h rounded before each, the sum over them."""
 
 import dataclasses
 import functools
@@ -14,9 +14,12 @@ from linear_cases import assert_right, pairwise
 from moe_cases import ACTIVATIONS, Call, MoeLayer, Shape, make_call, make_moe
 from plans import TILES
 from sim_device import DESCENDING, SHUFFLED
+from sim_moe import SCHEMES
 
 DTYPES = (torch.float16, torch.bfloat16)
+CODES = SCHEMES[1:]
 GRID = pairwise(
+    scheme=SCHEMES,
     shape=(
         Shape(1, 64, 16, -1),
         Shape(3, 100, 20, -1),
@@ -40,7 +43,7 @@ def _name(case: dict[str, Any]) -> str:
     shape, a = case["shape"], ACTIVATIONS[case["activation"]]
     flags = "".join(f"-{flag}" for flag in ("asymmetric", "bias") if case[flag])
     return (
-        f"E{shape.experts}-H{shape.hidden}-I{shape.intermediate}-g{shape.group}-T{case['tokens']}"
+        f"{case['scheme']}-E{shape.experts}-H{shape.hidden}-I{shape.intermediate}-g{shape.group}-T{case['tokens']}"
         f"-k{case['top_k']}-{case['kind']}-{str(case['dtype'])[6:]}-{a.name}{case['activation']}"
         f"{flags}-pad{case['place'].pad}-tile{case['tile']}"
     )
@@ -52,7 +55,13 @@ def test_against_the_oracle(sim: Device, case: dict[str, Any]) -> None:
     seen."""
     shape, dtype = case["shape"], case["dtype"]
     layer = make_moe(
-        "w4a16", shape, dtype, ACTIVATIONS[case["activation"]], case["asymmetric"], case["bias"]
+        case["scheme"],
+        shape,
+        dtype,
+        ACTIVATIONS[case["activation"]],
+        case["asymmetric"] and case["scheme"] != "w8a8",
+        case["bias"],
+        scale_dtype=torch.float32 if shape.group == -1 and case["bias"] else None,
     )
     call = make_call(layer, case["tokens"], min(case["top_k"], shape.experts), dtype, case["kind"])
     sim.counts()
@@ -64,9 +73,13 @@ def test_against_the_oracle(sim: Device, case: dict[str, Any]) -> None:
             assert_right(y, call.expected(**factors))
 
 
+of_schemes = pytest.mark.parametrize("scheme", SCHEMES)
+
+
 @functools.cache
-def _layer(dtype: torch.dtype = torch.float16) -> MoeLayer:
-    return make_moe("w4a16", Shape(5, 128, 64, 32), dtype, asymmetric=True, bias=True)
+def _layer(scheme: str = "w4a16") -> MoeLayer:
+    shape = Shape(5, 128, 64, 32)
+    return make_moe(scheme, shape, torch.float16, asymmetric=scheme != "w8a8", bias=True)
 
 
 def _part(call: Call, tokens: slice) -> Call:
@@ -75,9 +88,10 @@ def _part(call: Call, tokens: slice) -> Call:
     )
 
 
-def test_a_token_has_the_same_bits_in_every_batch(sim: Device) -> None:
+@of_schemes
+def test_a_token_has_the_same_bits_in_every_batch(sim: Device, scheme: str) -> None:
     """Alone, among others, on every tile; and whatever the order of blocks."""
-    call = make_call(_layer(), 40, 2, torch.float16)
+    call = make_call(_layer(scheme), 40, 2, torch.float16)
     packed = sim_moe.pack_layer(sim, call.layer)
     whole = sim_moe.run(sim, call, packed)
     assert_right(whole, call.expected())
@@ -93,10 +107,11 @@ def test_a_token_has_the_same_bits_in_every_batch(sim: Device) -> None:
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["int32", "int64"])
-def test_experts_that_are_elsewhere(sim: Device, wide: bool) -> None:
+@of_schemes
+def test_experts_that_are_elsewhere(sim: Device, scheme: str, wide: bool) -> None:
     """With a map of eight experts to the five that are here; ids that name none add nothing."""
     here = torch.tensor([-1, 3, 0, -1, 4, 1, -1, 2], dtype=torch.int32)
-    layer = dataclasses.replace(_layer(), expert_map=here)
+    layer = dataclasses.replace(_layer(scheme), expert_map=here)
     call = make_call(layer, 17, 3, torch.float16, kind="absent")
     ids = call.topk_ids.long() if wide else call.topk_ids
     given = dataclasses.replace(call, topk_ids=ids)
@@ -112,8 +127,9 @@ def test_experts_that_are_elsewhere(sim: Device, wide: bool) -> None:
     assert torch.equal(y, want)
 
 
-def test_a_token_without_experts_is_zero(sim: Device) -> None:
-    call = make_call(_layer(), 9, 2, torch.float16)
+@of_schemes
+def test_a_token_without_experts_is_zero(sim: Device, scheme: str) -> None:
+    call = make_call(_layer(scheme), 9, 2, torch.float16)
     call.topk_ids[3] = -1
     y = sim_moe.run(sim, call)
     assert not y[3].any()
@@ -138,8 +154,9 @@ def test_more_experts_than_threads(sim: Device) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_what_is_not_finite_stays_in_its_token(sim: Device, bad: float) -> None:
-    call = make_call(_layer(), 9, 2, torch.float16)
+@of_schemes
+def test_what_is_not_finite_stays_in_its_token(sim: Device, scheme: str, bad: float) -> None:
+    call = make_call(_layer(scheme), 9, 2, torch.float16)
     clean = sim_moe.run(sim, call)
     call.x[4, 100] = bad
     y = sim_moe.run(sim, call)
@@ -160,3 +177,31 @@ def test_what_does_not_fit_is_refused(sim: Device) -> None:
     packed.w2.layout.n = 64
     with pytest.raises(DeviceError, match=r"w2: 4 bits \[64, 64\]: expected 4 bits \[128, 64\]"):
         sim_moe.run(sim, call, packed)
+
+
+def test_scales_that_codes_do_not_take_are_refused(sim: Device) -> None:
+    layer = make_moe("w4a8", Shape(3, 64, 64, 32), torch.float16, scale_dtype=torch.float32)
+    with pytest.raises(
+        DeviceError, match="w13: scale: expected 16 bits with groups, given float32"
+    ):
+        sim_moe.run(sim, make_call(layer, 3, 2, torch.float16))
+    call = make_call(make_moe("w4a8", Shape(1, 8192, 16, -1), torch.float16), 1, 1, torch.float16)
+    packed = sim_moe.pack_layer(sim, call.layer)
+    packed.w13.layout.groups = 2
+    with pytest.raises(
+        DeviceError, match="w13: group size 4096: expected at most 2048, or all of k"
+    ):
+        sim_moe.run(sim, call, packed)
+
+
+@pytest.mark.parametrize("scheme", CODES)
+def test_large_sums_of_codes(sim: Device, scheme: str) -> None:
+    """Every code at an end of its range."""
+    layer = make_moe(scheme, Shape(2, 2048, 64, -1), torch.bfloat16)
+    for weights in (layer.w13, layer.w2):
+        weights.codes.fill_(0 if scheme == "w4a8" else -128)  # words of unsigned codes; bytes
+        weights.scale.mul_(0.01)
+    call = make_call(layer, 5, 2, torch.bfloat16)
+    call.x[:2] = 1
+    call.x[2:] = -1
+    assert_right(sim_moe.run(sim, call), call.expected())

@@ -27,9 +27,10 @@ DEQUANTIZES = (r"LOP3\.LUT", "HFMA2")
 SOURCES = {
     "experts_f16": Source(10, (r"HMMA\.16816\.F32 ", *PRODUCT, *DEQUANTIZES)),
     "w4a16_bf16": Source(10, (r"HMMA\.16816\.F32\.BF16", *PRODUCT, *DEQUANTIZES)),
+    "experts_w8a8": Source(5, (r"IMMA\.16832\.S8\.S8 ", *PRODUCT)),
     "w4a8": Source(15, (r"IMMA\.16832\.S8\.S8 ", *PRODUCT, r"LOP3\.LUT")),
     "w8a8": Source(5, (r"IMMA\.16832\.S8\.S8 ", *PRODUCT)),
-    "moe": Source(3, ("EXIT",)),  # routing, and the sum over experts
+    "moe": Source(4, ("EXIT",)),  # routing, the quantizer of h, and the sum over experts
     "linear": Source(1, (r"LDG\.E\.128", r"STG\.E\.128", r"SHFL\.BFLY")),  # the quantizer
 }
 
