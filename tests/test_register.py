@@ -203,10 +203,19 @@ def test_where_no_kernel_runs_upstream_stays_and_the_log_says_so():
         "vllm_plugin_tm.register(); assert snapshot() == before\n"
         "ops.cpu_isas = real\n"
         "from vllm.platforms import current_platform as platform\n"
-        "type(platform).is_cpu = lambda self: False; type(platform).device_type = 'cuda'\n"
+        "type(platform).is_cpu = lambda self: False; type(platform).device_type = 'xpu'\n"
+        "vllm_plugin_tm.register(); assert snapshot() == before\n"
+        "type(platform).is_cuda = lambda self: True; type(platform).device_type = 'cuda'\n"
+        "assert not ops.has_cuda()\n"
+        "vllm_plugin_tm.register(); assert snapshot() == before\n"
+        "ops.has_cuda = lambda: True\n"
+        "Capability = __import__('vllm.platforms.interface').platforms.interface.DeviceCapability\n"
+        "type(platform).get_device_capability = lambda self: Capability(7, 5)\n"
         "vllm_plugin_tm.register(); assert snapshot() == before\n",
         VLLM_PLUGIN_TM="1",
     )
     assert "no kernels for this processor" in output
-    assert "no kernels for device cuda" in output
-    assert output.count("left to upstream") == 2
+    assert "no kernels for device xpu" in output
+    assert "built without kernels for GPUs" in output
+    assert "no kernels for this GPU (expected one of sm_80" in output
+    assert output.count("left to upstream") == 4

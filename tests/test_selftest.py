@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not ops.is_available(), reason="the extension is
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
-    monkeypatch.setattr(selftest, "_passed", set())
+    monkeypatch.setattr(selftest, "_results", {})
     in_use = ops.get_isa()
     yield
     ops.set_isa(in_use)
@@ -166,7 +166,7 @@ def test_a_kernel_object_is_not_made_when_it_fails(monkeypatch):
         zero_points=False,
     )
     TMWNA16LinearKernel(config, "w", "s")
-    monkeypatch.setattr(selftest, "_passed", set())
+    monkeypatch.setattr(selftest, "_results", {})
     monkeypatch.setattr(
         torch.ops.vllm_plugin_tm, "w4a16_linear", wrong_linear(lambda y, x: y * 1.01)
     )

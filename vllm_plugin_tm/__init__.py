@@ -21,9 +21,9 @@ def register() -> None:
     the patches are applied. Calling it again changes nothing.
 
     Raises envs.EnvError for a wrong variable, ActivationError where the compiled extension is
-    missing, patch.apply.PatchError where upstream is not as expected. Where the platform is not a
-    CPU, or the CPU has none of our instruction sets, everything is left to upstream with a log
-    line.
+    missing, patch.apply.PatchError where upstream is not as expected. Where the platform is neither
+    a CPU nor CUDA, or the processor has no kernel of ours, everything is left to upstream with a
+    log line.
     """
     if not envs.enabled():
         _make_known(envs.given())
@@ -62,10 +62,10 @@ def _warn_of_version() -> None:
 
 
 def _usable() -> bool:
-    """Whether this platform and processor can run our kernels; sets the instruction set."""
+    """Whether this platform and processor can run our kernels; sets device and instruction set."""
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
         logger.warning(
             "vllm-plugin-tm has no kernels for device %s: everything is left to upstream",
             current_platform.device_type,
@@ -81,6 +81,39 @@ def _usable() -> bool:
             f"VLLM_PLUGIN_TM=1, but the compiled kernels cannot be loaded: {error}. "
             "Unset VLLM_PLUGIN_TM to run vLLM without them."
         ) from error
+
+    return _usable_gpu() if current_platform.is_cuda() else _usable_cpu()
+
+
+def _usable_gpu() -> bool:
+    from vllm_plugin_tm import machine
+    from vllm_plugin_tm.kernels import ops
+    from vllm_plugin_tm.quantization.support_matrix import CUDA_ISAS
+
+    if envs.isa() != "auto":
+        raise envs.EnvError(
+            f"{envs.ISA.name}={envs.isa()!r}: expected it unset or 'auto', it chooses among the "
+            "instruction sets of CPUs and this platform is CUDA"
+        )
+    if not ops.has_cuda():
+        logger.warning(
+            "vllm-plugin-tm was built without kernels for GPUs: everything is left to upstream. "
+            "`pip install . --config-settings=cmake.define.VLLM_PLUGIN_TM_CUDA=ON` builds them"
+        )
+        return False
+    if machine.gpu_isa() is None:
+        logger.warning(
+            "vllm-plugin-tm has no kernels for this GPU (expected one of %s): everything is left "
+            "to upstream",
+            ", ".join(CUDA_ISAS),
+        )
+        return False
+    machine.use("cuda")
+    return True
+
+
+def _usable_cpu() -> bool:
+    from vllm_plugin_tm.kernels import ops
 
     wanted = envs.isa()
     if wanted != "auto":

@@ -13,7 +13,7 @@ from vllm.model_executor.kernels.linear import (
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 
-from vllm_plugin_tm.kernels import ops
+from vllm_plugin_tm import machine
 from vllm_plugin_tm.quantization.compressed_tensors.compressed_tensors_embedding import (
     TMEmbeddingWNA16,
 )
@@ -179,7 +179,14 @@ def _describe(
     kernel = _kernel_of(module)
     if isinstance(kernel, TMKernel):
         note = kernel.note or getattr(method, "tm_note", "")
-        return scheme, type(kernel).__name__, True, ops.get_isa(), kernel.group_size, note
+        return (
+            scheme,
+            type(kernel).__name__,
+            True,
+            str(machine.detect().isa),
+            kernel.group_size,
+            note,
+        )
     if isinstance(method, TMEmbeddingWNA16):
         note = "rows are unpacked as they are looked up"
         return scheme, TMEmbeddingWNA16.__name__, True, "", None, note

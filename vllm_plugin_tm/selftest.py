@@ -2,13 +2,14 @@
 """The start-up self-test: a small product of each kernel in use against plain float64 torch."""
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vllm_plugin_tm import envs
+from vllm_plugin_tm import envs, machine
 from vllm_plugin_tm.kernels import ops
 
 # One tile and a ragged rest in every direction: two groups, two 16-row blocks with 5 rows over,
@@ -16,6 +17,8 @@ from vllm_plugin_tm.kernels import ops
 _N, _K, _GROUP = 37, 64, 32
 _ROWS = (1, 5, 67)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Kernels for GPUs have no others.
+_CUDA_DTYPES = _DTYPES[:2]
 # What static activations are rounded with: a few of 64 normal values are clamped.
 _X_SCALE, _X_ZERO_POINT = 0.018, -37
 
@@ -36,12 +39,14 @@ class Result:
     detail: str
 
 
-_passed: set[tuple[str, str]] = set()
+logger = logging.getLogger("vllm.plugin_tm")
+
+_results: dict[tuple[str, str], Result] = {}
 
 
 def run(scheme: str) -> Result:
-    """Tests the kernel of `scheme`, for routed experts of `scheme`_moe, on the instruction set in
-    use, every activation dtype.
+    """Tests the kernel of `scheme`, for routed experts of `scheme`_moe, on this process's device
+    and the instruction set in use, every activation dtype.
 
     Raises KeyError for a scheme without a kernel; ops.ExtensionMissingError without the extension.
     """
@@ -50,8 +55,8 @@ def run(scheme: str) -> Result:
 
 
 def kernels() -> tuple[str, ...]:
-    """What `run` takes."""
-    return tuple(_TESTS)
+    """What `run` takes on this process's device."""
+    return tuple(_TESTS) if machine.device() == "cpu" else _ON_CUDA
 
 
 def require(scheme: str) -> None:
@@ -59,18 +64,50 @@ def require(scheme: str) -> None:
 
     Raises SelfTestError naming kernel, instruction set, the case and the deviation.
     """
-    ops.load()
-    key = (scheme, ops.get_isa())
-    if key in _passed:
-        return
-    result = run(scheme)
-    if not result.ok:
+    problem = _problem(scheme)
+    if problem:
         raise SelfTestError(
-            f"self-test of {result.kernel} on {result.isa} failed: {result.detail} deviates "
-            f"{result.error:.3g} times as far from the float64 result as rounding explains. Set "
-            "VLLM_PLUGIN_TM_ISA to another instruction set or VLLM_PLUGIN_TM=0, and report it."
+            f"{problem}. Set VLLM_PLUGIN_TM_ISA to another instruction set or VLLM_PLUGIN_TM=0, "
+            "and report it."
         )
-    _passed.add(key)
+
+
+def mistrust(scheme: str) -> str | None:
+    """Why a GPU's kernel of `scheme` is not to be used: it failed its test, which is logged once,
+    and upstream has kernels for its layers. None where it passed, and on CPUs, where `require` is
+    the one to speak: there upstream may have nothing."""
+    return None if machine.device() == "cpu" else _problem(scheme)
+
+
+def _problem(scheme: str) -> str | None:
+    """What the test of a scheme's kernel says, run once; a failure on a GPU is logged then."""
+    ops.load()
+    key = (scheme, _isa())
+    tested = key in _results
+    result = _results[key] if tested else _results.setdefault(key, run(scheme))
+    if result.ok:
+        return None
+    problem = (
+        f"self-test of {result.kernel} on {result.isa} failed: {result.detail} deviates "
+        f"{result.error:.3g} times as far from the float64 result as rounding explains"
+    )
+    if not tested and machine.device() == "cuda":
+        logger.error("%s: its layers are left to upstream. Please report it.", problem)
+    return problem
+
+
+def _isa() -> str:
+    return ops.get_isa() if machine.device() == "cpu" else str(machine.detect().isa)
+
+
+def dtypes() -> tuple[torch.dtype, ...]:
+    """Those of activations that this process's device has kernels for."""
+    return _DTYPES if machine.device() == "cpu" else _CUDA_DTYPES
+
+
+def there(tensor: Tensor | None) -> Tensor | None:
+    """A tensor of the host on this process's device."""
+    return None if tensor is None else tensor.to(machine.device())
 
 
 @dataclass(frozen=True)
@@ -99,7 +136,7 @@ def _test(scheme: str, variants: dict[str, _Error]) -> Result:
     """The worst of all variants, activation dtypes and row counts."""
     worst = 0.0
     detail = "no case"
-    for dtype in _DTYPES:
+    for dtype in dtypes():
         for rows in _ROWS:
             inputs = _inputs(dtype, rows)
             for variant, error_of in variants.items():
@@ -107,7 +144,7 @@ def _test(scheme: str, variants: dict[str, _Error]) -> Result:
                 if not error <= worst:  # also true for NaN
                     worst = error
                     detail = f"M={rows} N={_N} K={_K} group={_GROUP} {dtype} {variant}"
-    return Result(f"{scheme}_linear", ops.get_isa(), worst, worst <= 1.0, detail)
+    return Result(f"{scheme}_linear", _isa(), worst, worst <= 1.0, detail)
 
 
 def _deviation(scheme: str, y: Tensor, *arguments: object) -> float:
@@ -120,7 +157,7 @@ def _deviation(scheme: str, y: Tensor, *arguments: object) -> float:
     want = getattr(oracle, f"{scheme}_linear")(*arguments)
     allowed = getattr(oracle, f"{scheme}_tolerance")(*arguments)
     # max() would drop a NaN's meaning; a comparison that fails does not.
-    ratio = (y.double() - want).abs() / allowed
+    ratio = (y.cpu().double() - want).abs() / allowed
     return float("inf") if bool(ratio.isnan().any()) else float(ratio.max())
 
 
@@ -133,9 +170,10 @@ def _grouped_error(
     else:
         pack, codes, zeros = namespace.w4a16_pack, inputs.nibbles, inputs.nibble_zeros
     disk_zeros = zeros if asymmetric else None
-    weight, scale, zero = pack(codes, inputs.scale, disk_zeros, _K)
+    weight, scale, zero = pack(there(codes), there(inputs.scale), there(disk_zeros), _K)
     y = getattr(namespace, f"{scheme}_linear")(
-        inputs.x, weight, scale, zero if asymmetric else None, inputs.bias, _N, _GROUP, *x_groups
+        *(there(inputs.x), weight, scale, zero if asymmetric else None, there(inputs.bias)),
+        *(_N, _GROUP, *x_groups),
     )
     arguments = (inputs.x, codes, inputs.scale, disk_zeros, inputs.bias, *x_groups)
     return _deviation(scheme, y, *arguments)
@@ -149,10 +187,11 @@ def _w8a8_error(asymmetric: bool, static: bool, inputs: _Inputs) -> float:
         else None
     )
     channel = inputs.scale[:, :1].float().contiguous()
-    weight, scale, sums = torch.ops.vllm_plugin_tm.w8a8_pack(inputs.bytes, channel)
+    weight, scale, sums = torch.ops.vllm_plugin_tm.w8a8_pack(there(inputs.bytes), there(channel))
     quantization = (x_scale, x_zero_point, not asymmetric)
     y = torch.ops.vllm_plugin_tm.w8a8_linear(
-        inputs.x, weight, scale, sums, inputs.bias, _N, *quantization
+        *(there(inputs.x), weight, scale, sums, there(inputs.bias), _N),
+        *(there(x_scale), there(x_zero_point), not asymmetric),
     )
     return _deviation("w8a8", y, inputs.x, inputs.bytes, channel, inputs.bias, *quantization)
 
@@ -231,6 +270,8 @@ def _variants(scheme: str) -> dict[str, _Error]:
     scales: dict[str, tuple[bool, ...]] = {"": ()}
     if scheme == "w4a8":
         scales = {" per token": (False,), " per token and group": (True,)}
+        if machine.device() == "cuda":
+            del scales[" per token and group"]
     return {
         symmetry + name: functools.partial(_grouped_error, scheme, asymmetric, x_groups)
         for symmetry, asymmetric in symmetries.items()
@@ -238,14 +279,19 @@ def _variants(scheme: str) -> dict[str, _Error]:
     }
 
 
+def _test_linear(scheme: str) -> Result:
+    return _test(scheme, _variants(scheme))
+
+
 def _test_moe(scheme: str) -> Result:
     from vllm_plugin_tm import selftest_moe
 
     worst, detail = selftest_moe.worst_case(scheme)
-    return Result(f"{scheme}_moe", ops.get_isa(), worst, worst <= 1.0, detail)
+    return Result(f"{scheme}_moe", _isa(), worst, worst <= 1.0, detail)
 
 
 _TESTS: dict[str, Callable[[], Result]] = {
-    **{scheme: functools.partial(_test, scheme, _variants(scheme)) for scheme in envs.SCHEMES},
+    **{scheme: functools.partial(_test_linear, scheme) for scheme in envs.SCHEMES},
     **{f"{scheme}_moe": functools.partial(_test_moe, scheme) for scheme in envs.SCHEMES},
 }
+_ON_CUDA = tuple(f"{scheme}{moe}" for moe in ("", "_moe") for scheme in ("w4a16", "w4a8", "w8a8"))

@@ -2,28 +2,44 @@
 """Self-tests of the kernels for routed experts: a small layer against plain float64 torch."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from vllm_plugin_tm import machine, selftest
 from vllm_plugin_tm.kernels import ops
 from vllm_plugin_tm.kernels.reference_moe import Activation, Experts, moe, moe_tolerance
+from vllm_plugin_tm.selftest import there
 
 # Ragged in every direction; one token, and enough that an expert has tiles of rows.
-_EXPERTS, _HIDDEN, _INTERMEDIATE, _GROUP, _TOP_K = 3, 72, 40, 8, 2
+_EXPERTS, _TOP_K = 3, 2
 _TOKENS = (1, 50)
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ACTIVATIONS = (Activation(), Activation("gelu_tanh_no_mul"))
 # What the ops of floats take beside the rest: roundings of activations, kinds of scales.
 _KINDS = {"fp8": ("none", "token", "group", "tensor"), "fp4": ("e8m0", "e4m3")}
 _X_SCALE = 0.018
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    hidden: int
+    intermediate: int
+    group: int
+
+
+# Groups of a GPU's kernels are longer.
+_SIZES = {"cpu": _Sizes(72, 40, 8), "cuda": _Sizes(96, 96, 32)}
+
+
+def _sizes() -> _Sizes:
+    return _SIZES[machine.device()]
+
+
 def worst_case(scheme: str) -> tuple[float, str]:
     """The largest deviation in units of what rounding explains (infinite for NaN), and its case."""
     worst, detail = 0.0, "no case"
-    for dtype in _DTYPES:
+    for dtype in selftest.dtypes():
         for activation in _ACTIVATIONS:
             w13, w2 = _experts(scheme, activation, dtype)
             for kind in _KINDS.get(scheme, ("",)):
@@ -32,7 +48,7 @@ def worst_case(scheme: str) -> tuple[float, str]:
                     if not error <= worst:  # also true for NaN
                         worst = error
                         detail = (
-                            f"T={tokens} E={_EXPERTS} H={_HIDDEN} I={_INTERMEDIATE} {dtype} "
+                            f"T={tokens} E={_EXPERTS} {_sizes()} {dtype} "
                             f"{activation.name} {kind}".rstrip()
                         )
     return worst, detail
@@ -48,7 +64,8 @@ def _error(
     tokens: int,
 ) -> float:
     generator = torch.Generator(device="cpu").manual_seed(tokens)
-    x = _normal(generator, tokens, _HIDDEN).to(dtype)
+    sizes = _sizes()
+    x = _normal(generator, tokens, sizes.hidden).to(dtype)
     weights = _normal(generator, tokens, _TOP_K).abs()
     scores = _normal(generator, tokens, _EXPERTS)
     ids = scores.topk(_TOP_K, dim=1).indices.to(torch.int32)
@@ -64,15 +81,16 @@ def _error(
         w13, w2 = replace(w13, scale_type=kind), replace(w2, scale_type=kind)
         more = (kind,)
     packed = [
-        *_packed(scheme, w13, _HIDDEN, activation.gated),
-        *_packed(scheme, w2, _INTERMEDIATE, False),
+        *_packed(scheme, w13, sizes.hidden, activation.gated),
+        *_packed(scheme, w2, sizes.intermediate, False),
     ]
     numbers = (activation.name, activation.alpha, activation.beta, activation.limit)
     op = getattr(torch.ops.vllm_plugin_tm, f"{scheme}_moe")
-    y = op(x, weights, ids, *packed, _INTERMEDIATE, *numbers, None, *more)
+    routing = (there(x), there(weights), there(ids))
+    y = op(*routing, *packed, sizes.intermediate, *numbers, None, *more)
     arguments = (scheme, x, weights, ids, w13, w2, activation)
     want, allowed = moe(*arguments, **named), moe_tolerance(*arguments, **named)  # type: ignore[arg-type]
-    ratio = (y.double() - want).abs() / allowed
+    ratio = (y.cpu().double() - want).abs() / allowed
     return math.inf if bool(ratio.isnan().any()) else float(ratio.max())
 
 
@@ -80,6 +98,7 @@ def _experts(scheme: str, activation: Activation, dtype: torch.dtype) -> tuple[E
     generator = torch.Generator(device="cpu").manual_seed(21)
     halves = 2 if activation.gated else 1
     bits = 4 if scheme.startswith("w4") else 8
+    sizes = _sizes()
 
     def floats(n: int, k: int) -> Experts:
         def numbers(low: int, high: int, *shape: int) -> Tensor:
@@ -88,7 +107,7 @@ def _experts(scheme: str, activation: Activation, dtype: torch.dtype) -> tuple[E
             )
             return made.to(torch.uint8)
 
-        groups = k // _GROUP
+        groups = k // sizes.group
         if scheme == "fp8":
             codes = numbers(0, 0x7F, _EXPERTS, n, k) | numbers(0, 2, _EXPERTS, n, k) << 7
             scale = _normal(generator, _EXPERTS, n, groups) / (110 * k**0.5)
@@ -109,7 +128,7 @@ def _experts(scheme: str, activation: Activation, dtype: torch.dtype) -> tuple[E
         codes = torch.randint(
             low, high, shape, generator=generator, device="cpu", dtype=torch.int64
         )
-        groups = 1 if whole else k // _GROUP
+        groups = 1 if whole else k // sizes.group
         # Results of about 1, whatever the width of the codes.
         scale = _normal(generator, _EXPERTS, n, groups) / (2 ** (bits - 2) * k**0.5)
         return Experts(
@@ -118,7 +137,9 @@ def _experts(scheme: str, activation: Activation, dtype: torch.dtype) -> tuple[E
             bits=bits,
         )
 
-    return experts(halves * _INTERMEDIATE, _HIDDEN), experts(_HIDDEN, _INTERMEDIATE)
+    return experts(halves * sizes.intermediate, sizes.hidden), experts(
+        sizes.hidden, sizes.intermediate
+    )
 
 
 def _packed(scheme: str, experts: Experts, k: int, gate_up: bool) -> tuple[Tensor | None, ...]:
@@ -134,10 +155,10 @@ def _packed(scheme: str, experts: Experts, k: int, gate_up: bool) -> tuple[Tenso
             parts.append(namespace.w4a16_pack(words, scale, None, k, 4, gate_up))
             continue
         if scheme == "w8a8":
-            parts.append(namespace.w8a8_pack(codes, scale, gate_up))
+            parts.append(namespace.w8a8_pack(there(codes), there(scale), gate_up))
             continue
         pack = namespace.w8a16_pack if scheme == "w8a16" else namespace.w4a16_pack
-        parts.append(pack(codes, scale, None, k, experts.bits, gate_up))
+        parts.append(pack(there(codes), there(scale), None, k, experts.bits, gate_up))
     weight, scale, third = (torch.stack(part) for part in zip(*parts, strict=True))
     if experts.channel_scale is not None:
         return weight, scale, _in_tiles(experts.channel_scale, gate_up), None

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 # The layers and the assertion of the CPU kernels' tests: both backends are held to one oracle.
-sys.path.append(str(Path(__file__).resolve().parent.parent / "kernels"))
+# And the small models of the patches' tests.
+sys.path += [str(Path(__file__).resolve().parent.parent / part) for part in ("kernels", "patch")]
 
 from cuda_device import Device
 from gpu_device import gpu

@@ -23,7 +23,8 @@ from vllm.v1.worker import cpu_worker
 
 from vllm_plugin_tm.patch import apply, float_methods, linear_methods, moe_methods, worker
 
-SWAPS = {patch: patch.SWAPS.swaps for patch in (float_methods, linear_methods, moe_methods, worker)}
+SWAPS = {patch: patch.SWAPS.swaps for patch in (float_methods, linear_methods, moe_methods)}
+SWAPS[worker] = (worker.SWAPS["cpu"],)
 
 
 def swapped_classes(patch):

@@ -19,16 +19,13 @@ pytest.importorskip("vllm")
 if not ops.is_available():
     pytest.skip("the extension is not built", allow_module_level=True)
 
+from served_model import Served, quantized, same
 from transformers import AutoConfig, AutoModelForCausalLM
-from vllm.config import WeightTransferConfig
-from vllm.distributed.weight_transfer import WeightTransferEngineFactory
-from vllm.model_executor.model_loader.reload import inplace
 
 from vllm_plugin_tm.patch import apply
 from vllm_plugin_tm.quantization.online.options import KEY
 from vllm_plugin_tm.updates import update as updates
 from vllm_plugin_tm.updates.backup import Backup
-from vllm_plugin_tm.updates.engine import BACKEND
 from vllm_plugin_tm.updates.update import UpdateError
 
 pytestmark = pytest.mark.slow
@@ -56,19 +53,6 @@ def plain(architecture, tied=False, sizes=None):
         more = SIZES | (EXPERTS if architecture == "qwen3_moe" else {}) | (sizes or {})
         config = AutoConfig.for_model(architecture, **more, tie_word_embeddings=tied)
         AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(path)
-
-    return make
-
-
-def quantized(kind, activations=None, **how):
-    """A checkpoint of tiny_llama or tiny_moe."""
-
-    def make(path, seed):
-        state = kind.tensors(seed=seed, **how)
-        how_saved = {key: value for key, value in how.items() if key != "static"}
-        if activations is not None:
-            how_saved["activations"] = activations
-        kind.save(path, state, **how_saved)
 
     return make
 
@@ -131,94 +115,18 @@ def _patched(monkeypatch):
     apply.remove()
 
 
-class Served:
-    """A model that was loaded from a checkpoint, with what upstream's worker has around it."""
-
-    def __init__(self, name, folder, **options):
-        self.make, method, *how = (MODELS | UNQUANTIZED)[name]
-        if how:
-            options = {"additional_config": {KEY: how[0]}, **options}
-        self.folder, self.options = folder, {"quantization": method, **options}
-        self.make(folder / "0", 0)
-        self.model = tiny_llama.load(folder / "0", **self.options)
-        self.config = tiny_llama.engine_config(folder / "0", **self.options)
-        transfer = WeightTransferConfig(backend=BACKEND)
-        self.engine = WeightTransferEngineFactory.create_engine(
-            transfer, self.config, torch.device("cpu"), self.model
-        )
-        self.worker = worker(self.config, self.model, self.engine)
-
-    def checkpoint(self, seed):
-        self.make(self.folder / str(seed), seed)
-        return self.folder / str(seed)
-
-    def update(self, way, path):
-        """Upstream's worker does the same with the calls that it gets."""
-        if way == "reload":
-            self.worker.reload_weights(weights_path=str(path))
-            return
-        self.worker.start_weight_update()
-        self.worker.update_weights({"files": [str(file) for file in path.glob("*.safetensors")]})
-        self.worker.finish_weight_update()
-
-    def state(self):
-        """Bits and addresses of all parameters and buffers."""
-        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        return {
-            name: (tensor.data_ptr(), tensor.dtype, tensor.detach().clone())
-            for name, tensor in tensors.items()
-        }
-
-    def assert_is(self, state):
-        now = self.state()
-        assert set(now) == set(state)
-        for name, (address, dtype, tensor) in state.items():
-            assert now[name][:2] == (address, dtype), name
-            assert same(now[name][2], tensor), name
-
-    def assert_loaded_from(self, path):
-        """As a fresh load. A fused layer keeps the shape of whichever part comes last."""
-        fresh = dict(tiny_llama.load(path, **self.options).named_parameters())
-        mine = dict(self.model.named_parameters())
-        assert set(fresh) == set(mine)
-        for name, tensor in fresh.items():
-            assert name.endswith("weight_shape") or same(mine[name], tensor), name
-
-
-def worker(config, model, engine):
-    """An instance of the live worker class that has a model and nothing else."""
-    from vllm.v1.worker import cpu_worker
-
-    class Runner:
-        def get_model(self):
-            return model
-
-        def reload_weights(self, *arguments):
-            inplace.reload_weights(config, model, *arguments)
-
-        def reset_lora_state(self):
-            pass
-
-    one = object.__new__(cpu_worker.CPUWorker)
-    one.__dict__.update(
-        vllm_config=config,
-        rank=0,
-        model_runner=Runner(),
-        weight_transfer_engine=engine,
-        _weight_update_active=False,
-        _weight_update_is_draft=False,
-    )
-    return one
-
-
-def same(a, b):
-    return torch.equal(a.data.reshape(-1).view(torch.uint8), b.data.reshape(-1).view(torch.uint8))
+def serve(name, folder, **options):
+    """The model of that name."""
+    make, method, *how = (MODELS | UNQUANTIZED)[name]
+    if how:
+        options = {"additional_config": {KEY: how[0]}, **options}
+    return Served(make, folder, quantization=method, **options)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_updates_equal_a_fresh_load(tmp_path, name):
     """There and back, once by each way; tensors stay where they are."""
-    served = Served(name, tmp_path)
+    served = serve(name, tmp_path)
     first = served.state()
     served.update("session", served.checkpoint(1))
     served.assert_loaded_from(tmp_path / "1")
@@ -234,7 +142,7 @@ def served_as(tmp_path_factory):
 
     def get(name):
         if name not in kept:
-            kept[name] = Served(name, tmp_path_factory.mktemp("served"))
+            kept[name] = serve(name, tmp_path_factory.mktemp("served"))
         return kept[name]
 
     return get
@@ -321,7 +229,7 @@ def test_many_experts(tmp_path, monkeypatch):
     of a fused weight brings: with many experts of few rows it would take a scale for one too many.
     """
     monkeypatch.setattr(tiny_moe, "EXPERTS", 32)
-    served = Served("w8a16 channel experts", tmp_path)
+    served = serve("w8a16 channel experts", tmp_path)
     for way in WAYS:
         served.update(way, served.checkpoint(1))
         served.assert_loaded_from(tmp_path / "1")
@@ -340,7 +248,7 @@ def halves(path):
 
 def test_chunks_may_be_deleted_once_they_are_sent(tmp_path):
     """And until the end the old weights are those that serve."""
-    served = Served("w4a16", tmp_path)
+    served = serve("w4a16", tmp_path)
     before = served.state()
     served.worker.start_weight_update()
     for file in halves(served.checkpoint(1)):
@@ -471,7 +379,7 @@ def test_another_worker_refuses(tmp_path, served_as, monkeypatch):
 
 def test_a_model_that_began_with_dummy_weights(tmp_path):
     """There are no names to compare with, but layers of ours know what they wait for."""
-    served = Served("w4a16", tmp_path, load_format="dummy")
+    served = serve("w4a16", tmp_path, load_format="dummy")
     before = served.state()
     served.worker.start_weight_update()
     served.worker.update_weights({"files": halves(served.checkpoint(1))[:1]})
@@ -486,7 +394,7 @@ def test_a_model_that_began_with_dummy_weights(tmp_path):
 @pytest.mark.parametrize("name", ["head", "head tied"])
 def test_a_head_that_began_with_dummy_weights(tmp_path, name):
     """Rows that pad the vocabulary never come, and are not waited for."""
-    served = Served(name, tmp_path, load_format="dummy")
+    served = serve(name, tmp_path, load_format="dummy")
     served.update("session", served.checkpoint(1))
     served.options["load_format"] = "auto"
     served.assert_loaded_from(tmp_path / "1")
@@ -495,7 +403,7 @@ def test_a_head_that_began_with_dummy_weights(tmp_path, name):
 @pytest.mark.parametrize("name", ["tm_w4a16 biases", "head tied"])
 def test_tied_weights_need_not_come_twice(tmp_path, name):
     """A checkpoint may have a tied head, a trainer does not."""
-    served = Served(name, tmp_path)
+    served = serve(name, tmp_path)
     path = served.checkpoint(1)
     file = path / "model.safetensors"
     tensors = load_file(file)
@@ -508,7 +416,7 @@ def test_tied_weights_need_not_come_twice(tmp_path, name):
 
 def test_models_without_a_layer_of_ours_are_upstreams(tmp_path):
     """Which lets a part of the weights be updated."""
-    served = Served("bf16", tmp_path)
+    served = serve("bf16", tmp_path)
     file = served.checkpoint(1) / "model.safetensors"
     tensors = load_file(file)
     before = served.state()
@@ -523,7 +431,7 @@ def test_twenty_updates_keep_memory_flat(tmp_path, monkeypatch):
     """By both ways in turn; the first ones fill the caches of the allocator."""
     monkeypatch.setitem(SIZES, "hidden_size", 512)
     monkeypatch.setitem(SIZES, "intermediate_size", 1024)
-    served = Served("tm_w4a16", tmp_path)
+    served = serve("tm_w4a16", tmp_path)
     for way in WAYS * 2:
         served.update(way, tmp_path / "0")
     before = resident()
@@ -541,7 +449,7 @@ def resident():
 
 def test_the_backup_takes_one_copy_of_the_weights(tmp_path):
     """Tied weights, and what shares memory with them, once."""
-    served = Served("tm_w4a16 biases", tmp_path)
+    served = serve("tm_w4a16 biases", tmp_path)
     tensors = [*served.model.parameters(), *served.model.buffers()]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
     backup = Backup(served.model)

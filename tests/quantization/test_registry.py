@@ -141,7 +141,7 @@ def test_amx_leaves_upstream_what_it_has_an_amx_kernel_for(monkeypatch, dtype):
 
 def test_every_scheme_has_every_instruction_set():
     assert {row.scheme for row in MATRIX} == set(envs.SCHEMES)
-    assert all(row.isas == envs.ISAS for row in MATRIX)
+    assert all(row.isas == envs.ISAS for row in MATRIX if row.device == "cpu")
 
 
 FP8_KINDS = {

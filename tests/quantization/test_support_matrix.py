@@ -47,10 +47,11 @@ def request(weight_type, **fields):
 
 @pytest.mark.parametrize(
     ("row", "weight_type"),
-    [pytest.param(r, t, id=f"{r.scheme}-{t}") for r in MATRIX for t in r.weight_types],
+    [pytest.param(r, t, id=f"{r.device}-{r.scheme}-{t}") for r in MATRIX for t in r.weight_types],
 )
 def test_every_cell_is_a_yes(row, weight_type):
-    groups = (8, 24, 32, 64, 128, CHANNEL) if row.group_multiple else (CHANNEL,)
+    sizes = (8, 24, 32, 64, 128, CHANNEL) if row.device == "cpu" else (32, 64, 128, CHANNEL)
+    groups = sizes if row.group_multiple else (CHANNEL,)
     for group_size, act_dtype, isa in itertools.product(groups, row.act_dtypes, row.isas):
         wanted = request(weight_type, group_size=group_size, act_dtype=act_dtype, k=384, full_k=768)
         verdict = check(wanted, Machine(device=row.device, isa=isa), (row.scheme,), row.scheme)
@@ -60,12 +61,12 @@ def test_every_cell_is_a_yes(row, weight_type):
 
 @pytest.mark.parametrize(
     ("row", "weight_type"),
-    [pytest.param(r, t, id=f"{r.scheme}-{t}") for r in MATRIX for t in r.weight_types],
+    [pytest.param(r, t, id=f"{r.device}-{r.scheme}-{t}") for r in MATRIX for t in r.weight_types],
 )
 @pytest.mark.parametrize("group_size", [1, 2, 4, 12, 20, 36, -2])
 def test_group_sizes_are_multiples_of_a_word_of_the_layout(row, weight_type, group_size):
     wanted = request(weight_type, group_size=group_size, k=720, full_k=720)
-    verdict = check(wanted, HERE, scheme=row.scheme)
+    verdict = check(wanted, Machine(row.device, row.isas[0]), scheme=row.scheme)
     assert verdict.ok == bool(
         row.group_multiple and group_size > 0 and group_size % row.group_multiple == 0
     )
@@ -171,8 +172,31 @@ def test_amx_kernels_are_upstreams_in_the_dtypes_that_they_take(dtype, floats):
     assert kept == floats
 
 
+def test_groups_of_cuda_kernels():
+    """Half a slab of 64 weights, or whole ones; with codes of x sums must stay exact."""
+    gpu = Machine("cuda", "sm_80")
+    wide = {"k": 8192, "full_k": 8192}
+    sizes = (8, 16, 32, 64, 96, 128, 256, 2048, 4096, CHANNEL)
+    for weight_type, longest in (("uint4b8", 4096), ("int4", 2048)):
+        taken = [
+            size for size in sizes if check(request(weight_type, group_size=size, **wide), gpu).ok
+        ]
+        assert taken == [size for size in (32, 64, 128, 256, 2048, 4096) if size <= longest] + [
+            CHANNEL
+        ]
+    reason = str(check(request("int4", group_size=4096, **wide), gpu).reason)
+    assert "supported are 32, multiples of 64 up to 2048 and -1 (channel)" in reason
+    reason = str(check(changed(act_dtype="float32"), gpu).reason)
+    assert (
+        reason == "activation type (float32) not supported, supported are ('bfloat16', 'float16')"
+    )
+    assert "no w8a16 kernel for device cuda" in str(check(request("uint8b128"), gpu).reason)
+
+
 def test_other_devices_and_excluded_schemes_are_refused():
-    assert "cuda" in str(check(GOOD, Machine("cuda", "avx2")).reason)
+    assert "avx2" in str(check(GOOD, Machine("cuda", "avx2")).reason)
+    reason = str(check(GOOD, Machine("xpu", None)).reason)
+    assert reason == "no w4a16 kernel for device xpu, only for ['cpu', 'cuda']"
     assert "w4a16" in str(check(GOOD, HERE, schemes=()).reason)
     for row in MATRIX:
         others = tuple(scheme for scheme in envs.SCHEMES if scheme != row.scheme)

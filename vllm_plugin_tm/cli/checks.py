@@ -6,12 +6,15 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from vllm_plugin_tm import envs, versions
 from vllm_plugin_tm.kernels import ops
 from vllm_plugin_tm.quantization import support_matrix
 from vllm_plugin_tm.quantization.online.options import HEAD_SCHEMES, KEY, LM_HEAD
+
+if TYPE_CHECKING:
+    from vllm_plugin_tm.selftest import Result
 
 State = Literal["ok", "info", "warn", "fail"]
 
@@ -132,9 +135,31 @@ def _processor() -> list[Check]:
         Check("processor", "info", f"{model}, {platform.machine()}"),
         Check("features", "info", " ".join(present) or "none that matter here"),
         Check("threads", "info", f"{torch.get_num_threads()} for torch and for these kernels"),
-        Check("GPU", "info", "present, not used yet" if torch.cuda.is_available() else "none"),
+        _gpu(),
         _instruction_sets(),
     ]
+
+
+def _gpu() -> Check:
+    """The GPU, and whether layers go to it: on vLLM's CUDA platform, where kernels were built."""
+    import torch
+    from vllm.platforms import current_platform
+
+    from vllm_plugin_tm import machine
+
+    if not torch.cuda.is_available():
+        return Check("GPU", "info", "none")
+    major, minor = torch.cuda.get_device_capability()
+    found = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
+    if not current_platform.is_cuda():
+        return Check("GPU", "info", f"{found}; this vLLM runs on {current_platform.device_type}")
+    if not ops.has_cuda():
+        return Check("GPU", "warn", f"{found}; the plugin was built without kernels for GPUs")
+    isa = machine.cuda_isa(major, minor)
+    if isa is None:
+        return Check("GPU", "warn", f"{found}; no kernels for it")
+    machine.use("cuda")
+    return Check("GPU", "ok", f"{found}; kernels of {isa}")
 
 
 def _instruction_sets() -> Check:
@@ -203,8 +228,10 @@ def _patches() -> list[Check]:
 
 def _matrix() -> list[Check]:
     """What runs here of every scheme; weight types that fare alike share a line."""
+    from vllm_plugin_tm import machine
+
     checks = []
-    for row in support_matrix.MATRIX:
+    for row in _rows():
         alike: dict[tuple[State, str], list[str]] = {}
         for weight_type in row.weight_types:
             cells: dict[tuple[State, str], list[str]] = {}
@@ -215,16 +242,24 @@ def _matrix() -> list[Check]:
             alike.setdefault((state, text), []).append(weight_type)
         for (state, text), weight_types in alike.items():
             checks.append(Check(f"{row.scheme} {' '.join(weight_types)}", state, text))
-    checks += [_head(scheme) for scheme in HEAD_SCHEMES]
+    if machine.device() == "cpu":
+        checks += [_head(scheme) for scheme in HEAD_SCHEMES]
     if envs.w4a16_int8_activations():
         text = f"rounded to int8, which costs accuracy: {envs.INT8_ACTIVATIONS.name}=1"
         checks.append(Check("w4a16 activations", "warn", text))
     return checks
 
 
+def _rows() -> list[support_matrix.Row]:
+    """The matrix of this process's device."""
+    from vllm_plugin_tm import machine
+
+    return [row for row in support_matrix.MATRIX if row.device == machine.device()]
+
+
 def _head(scheme: str) -> Check:
     """Whether an output head of 16 bits may be quantized while it is loaded."""
-    row = next(row for row in support_matrix.MATRIX if row.scheme == scheme)
+    row = next(row for row in _rows() if row.scheme == scheme)
     symmetric = (name for name in row.weight_types if not support_matrix.needs_zero_points(name))
     state, text = _cell(row, next(symmetric), "bfloat16")
     asked = f'--additional-config \'{{"{KEY}": {{"{LM_HEAD}": "{scheme}"}}}}\''
@@ -268,10 +303,13 @@ def _sample(weight_type: str, act_dtype: str, group_size: int) -> support_matrix
 
 
 def _self_test() -> list[Check]:
-    """Every kernel on every instruction set that this processor has, not only the one in use."""
-    from vllm_plugin_tm import selftest
+    """Every kernel on every instruction set that this processor has, not only the one in use; on a
+    GPU all of its kernels."""
+    from vllm_plugin_tm import machine, selftest
 
     ops.load()
+    if machine.device() == "cuda":
+        return [_tested(selftest.run(kernel)) for kernel in selftest.kernels()]
     usable = ops.cpu_isas()
     if not usable:
         return [Check("self-test", "info", "no kernel runs on this processor")]
@@ -280,17 +318,17 @@ def _self_test() -> list[Check]:
     try:
         for isa in usable:
             ops.set_isa(isa)
-            for kernel in selftest.kernels():
-                result = selftest.run(kernel)
-                detail = f"worst error {result.error:.2f} of what rounding explains"
-                if not result.ok:
-                    detail += f", at {result.detail}"
-                checks.append(
-                    Check(f"{result.kernel} {isa}", "ok" if result.ok else "fail", detail)
-                )
+            checks += [_tested(selftest.run(kernel)) for kernel in selftest.kernels()]
     finally:
         ops.set_isa(in_use)
     return checks
+
+
+def _tested(result: "Result") -> Check:
+    detail = f"worst error {result.error:.2f} of what rounding explains"
+    if not result.ok:
+        detail += f", at {result.detail}"
+    return Check(f"{result.kernel} {result.isa}", "ok" if result.ok else "fail", detail)
 
 
 _SECTIONS: dict[str, Callable[[], list[Check]]] = {

@@ -81,6 +81,11 @@ def is_available() -> bool:
     return True
 
 
+def has_cuda() -> bool:
+    """True where the extension was built with kernels for GPUs."""
+    return _find(CUDA_EXTENSION) is not None
+
+
 def advise_huge_pages(tensor: "Tensor") -> None:
     """Asks the system for huge pages below a tensor that is not written yet: a hint, which comes to
     nothing on other devices and without the extension."""
@@ -88,6 +93,15 @@ def advise_huge_pages(tensor: "Tensor") -> None:
         import torch
 
         torch.ops.vllm_plugin_tm.advise_huge_pages(tensor)
+
+
+def release_pages(tensor: "Tensor") -> None:
+    """Gives back the memory below a tensor that no one reads any more, whole pages of it; nothing
+    on other devices than the CPU."""
+    if tensor.is_cpu:
+        import torch
+
+        torch.ops.vllm_plugin_tm.release_pages(tensor)
 
 
 def cpu_isas() -> tuple[str, ...]:
@@ -144,9 +158,9 @@ def _register_fakes() -> None:
         _register_moe(f"{scheme}_moe")
 
 
-def padded(n: int) -> int:
-    """Channels of the kernel layout for n output channels."""
-    return (n + TILE_N - 1) // TILE_N * TILE_N
+def padded(n: int, tile: int = TILE_N) -> int:
+    """Channels of the CPU's kernel layout for n output channels, or whole tiles of other sizes."""
+    return (n + tile - 1) // tile * tile
 
 
 def _packed_rows(n: int, gate_up: bool) -> int:
@@ -177,7 +191,7 @@ def _register_grouped_pack(name: str, bits: int) -> None:
 
 def cuda_pack_shapes(n: int, k: int, groups: int, bits: int = 4) -> tuple[tuple[int, int], ...]:
     """Shapes of weights of 4 or 8 bits, scales and zero points [n, k] in a GPU's kernel layout."""
-    rows, columns = (-(-size // CUDA_TILE) * CUDA_TILE for size in (n, k))
+    rows, columns = (padded(size, CUDA_TILE) for size in (n, k))
     halves = groups > 1 and k // groups == CUDA_SMALL_GROUP
     scales = columns // CUDA_SMALL_GROUP if halves else groups
     return (rows, columns * bits // DWORD_BITS), (rows, scales), (rows // 8, scales)
@@ -232,6 +246,7 @@ def _register_w8a8() -> None:
         _check_devices("w8a8_pack", "weight", weight, {"scale": scale})
         n, k = weight.shape
         if weight.is_cuda:
+            n = _packed_rows(n, gate_up) if gate_up else n
             codes, steps, _ = cuda_pack_shapes(n, k, 1, bits=8)
             return (
                 weight.new_empty(codes, dtype=torch.int32),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, cast
 
+from vllm_plugin_tm import machine
 from vllm_plugin_tm.patch.table import CONTRACTS, PATCHES, Patch, accepts
 
 
@@ -39,13 +40,19 @@ class PatchStatus:
     problems: tuple[str, ...]
 
 
+def of_device() -> tuple[Patch, ...]:
+    """The rows of the table that this process's device has."""
+    return tuple(patch for patch in PATCHES if machine.device() in patch.devices)
+
+
 def apply() -> None:
-    """Applies every patch; a second call changes nothing.
+    """Applies every patch of this process's device; a second call changes nothing.
 
     Raises PatchError, with upstream as it was, when a symbol is missing or has another signature
     (naming target, expected, found and the tested versions), or when a change did not take.
     """
-    problems = [line for patch in PATCHES for line in _problems(patch.expects)]
+    patches = of_device()
+    problems = [line for patch in patches for line in _problems(patch.expects)]
     problems += _problems(CONTRACTS)
     if problems:
         tested = ", ".join(PATCHES[0].tested)
@@ -55,7 +62,7 @@ def apply() -> None:
             + f"\nTested vLLM versions: {tested}. VLLM_PLUGIN_TM=0 runs vLLM without the plugin."
         )
     try:
-        modules = [(patch, _module(patch)) for patch in PATCHES]
+        modules = [(patch, _module(patch)) for patch in patches]
     except (ImportError, AttributeError) as error:
         raise PatchError(
             f"this vLLM lacks something that vllm-plugin-tm imports, nothing was changed: {error}. "
@@ -76,14 +83,14 @@ def apply() -> None:
 
 def remove() -> None:
     """Takes every patch back, last one first. For tests and for comparing off with on."""
-    for patch in reversed(PATCHES):
+    for patch in reversed(of_device()):
         _module(patch).remove()
 
 
 def status() -> list[PatchStatus]:
-    """Every row of the table as this process has it, in table order. Changes nothing."""
+    """Every row of the table that this process's device has, in table order. Changes nothing."""
     rows = []
-    for patch in PATCHES:
+    for patch in of_device():
         problems = tuple(_problems(patch.expects))
         applied = not problems and _module(patch).installed()
         rows.append(PatchStatus(patch.name, patch.target, patch.kind, applied, problems))

@@ -5,6 +5,15 @@ same object, because schemes and choosers hold references to it."""
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from vllm.platforms import PlatformEnum
+
+from vllm_plugin_tm import machine
+
+
+def platform() -> PlatformEnum:
+    """The key of upstream's tables for the device that this process uses."""
+    return PlatformEnum.CUDA if machine.device() == "cuda" else PlatformEnum.CPU
+
 
 @dataclass(frozen=True)
 class KernelList:

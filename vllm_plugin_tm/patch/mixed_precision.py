@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch: our kernels before upstream's in the CPU list of mixed-precision linear kernels."""
+"""Patch: our kernels before upstream's in the device's list of mixed-precision linear kernels."""
 
 from vllm.model_executor.kernels import linear
-from vllm.platforms import PlatformEnum
 
-from vllm_plugin_tm.patch.kernel_list import KernelList
+from vllm_plugin_tm.patch.kernel_list import KernelList, platform
 from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_w4a8_int import (
     TMW4A8IntLinearKernel,
 )
@@ -13,7 +12,7 @@ from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_w
 )
 
 _list = KernelList(
-    lambda: linear._POSSIBLE_KERNELS[PlatformEnum.CPU],
+    lambda: linear._POSSIBLE_KERNELS[platform()],
     (TMWNA16LinearKernel, TMW4A8IntLinearKernel),
 )
 install, remove, installed = _list.install, _list.remove, _list.installed

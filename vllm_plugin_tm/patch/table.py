@@ -19,6 +19,7 @@ _QUANTIZATION = "vllm.model_executor.layers.quantization"
 _VOCABULARY = "vllm.model_executor.layers.vocab_parallel_embedding"
 _CT = f"{_QUANTIZATION}.compressed_tensors.compressed_tensors"
 _CT_MOE = f"{_QUANTIZATION}.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe"
+_ALL = ("cpu", "cuda")
 _MOE_INIT = "(self, weight_quant, input_quant, moe, layer_name=None)"
 _MODELOPT_MOE = "(quant_config, moe_config)"
 _MOE_CREATE = (
@@ -36,6 +37,7 @@ class Patch:
     `kind` how: an entry in a registry of upstream's, or a subclass of the live class in the
     place of the class. `expects` maps the symbols that the change relies on to their signatures;
     `tested` are the vLLM versions that satisfy them; `delete_when` says what would spare us this.
+    `devices` are those on which it is made.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Patch:
     expects: Mapping[str, str]
     tested: tuple[str, ...]
     delete_when: str
+    devices: tuple[str, ...] = ("cpu",)
 
 
 PATCHES: tuple[Patch, ...] = (
@@ -54,7 +57,7 @@ PATCHES: tuple[Patch, ...] = (
         target=f"{_LINEAR}:_POSSIBLE_KERNELS",
         kind="registry",
         why="upstream's register_linear_kernel appends, and the first kernel that can, wins",
-        how=("TMWNA16LinearKernel and TMW4A8IntLinearKernel at the head of the CPU list, in place"),
+        how="TMWNA16LinearKernel, TMW4A8IntLinearKernel at the head of the device's list, in place",
         expects={
             f"{_LINEAR}:_POSSIBLE_KERNELS": "dict",
             f"{_LINEAR}:choose_mp_linear_kernel": "(config, compute_capability=None)",
@@ -74,13 +77,14 @@ PATCHES: tuple[Patch, ...] = (
         },
         tested=COMPAT_VLLM,
         delete_when="register_linear_kernel can put a kernel before the in-tree ones",
+        devices=_ALL,
     ),
     Patch(
         name="scaled_mm",
         target=f"{_LINEAR}:_POSSIBLE_INT8_KERNELS",
         kind="registry",
         why="as above; the last kernel of upstream's list takes every int8 layer",
-        how="TMInt8ScaledMMLinearKernel at the head of the CPU list, in place",
+        how="TMInt8ScaledMMLinearKernel at the head of the device's list, in place",
         expects={
             f"{_LINEAR}:_POSSIBLE_INT8_KERNELS": "dict",
             f"{_LINEAR}:init_int8_linear_kernel": (
@@ -95,6 +99,7 @@ PATCHES: tuple[Patch, ...] = (
         },
         tested=COMPAT_VLLM,
         delete_when="register_linear_kernel can put a kernel before the in-tree ones",
+        devices=_ALL,
     ),
     Patch(
         name="float_kernels",
@@ -262,6 +267,7 @@ PATCHES: tuple[Patch, ...] = (
         },
         tested=COMPAT_VLLM,
         delete_when="methods for routed experts choose kernels from a list that can be added to",
+        devices=_ALL,
     ),
     Patch(
         name="online",
@@ -320,6 +326,7 @@ PATCHES: tuple[Patch, ...] = (
         },
         tested=COMPAT_VLLM,
         delete_when="upstream tracks the loading of quantized models by default and names the file",
+        devices=_ALL,
     ),
     Patch(
         name="weight_transfer",
@@ -343,6 +350,7 @@ PATCHES: tuple[Patch, ...] = (
         },
         tested=COMPAT_VLLM,
         delete_when="upstream has a backend for weights in a CPU's memory or in files",
+        devices=_ALL,
     ),
     Patch(
         name="worker",
@@ -353,9 +361,12 @@ PATCHES: tuple[Patch, ...] = (
             "leaves half of the model new and the rest without memory; and a loader that is not "
             "ours leaves a head that is to be quantized"
         ),
-        how="a subclass of the live CPUWorker under the same name in its module",
+        how="a subclass of the live CPUWorker, on CUDA Worker, under the same name in its module",
         expects={
             "vllm.v1.worker.cpu_worker:CPUWorker": (
+                "(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker=False)"
+            ),
+            "vllm.v1.worker.gpu_worker:Worker": (
                 "(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker=False)"
             ),
             "vllm.v1.worker.gpu_worker:Worker.load_model": "(self, *, load_dummy_weights=False)",
@@ -368,6 +379,7 @@ PATCHES: tuple[Patch, ...] = (
         },
         tested=COMPAT_VLLM,
         delete_when="a failed reload of upstream's leaves the old weights in place",
+        devices=_ALL,
     ),
 )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch: the CPU worker's updates of weights are all or nothing for models with layers of ours, and
+"""Patch: the worker's updates of weights are all or nothing for models with layers of ours, and
 it serves no head of 16 bits where the options say otherwise."""
 
 import logging
@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from vllm_plugin_tm import layer_table
-from vllm_plugin_tm.patch.class_swap import ClassSwap, ClassSwaps
+from vllm_plugin_tm import layer_table, machine
+from vllm_plugin_tm.patch.class_swap import ClassSwap
 from vllm_plugin_tm.quantization.online.head import refuse_left
 from vllm_plugin_tm.updates.update import UpdateError, update
 
@@ -35,14 +35,17 @@ class TMWorker:
         super().load_model(load_dummy_weights=load_dummy_weights)  # type: ignore[misc]
         refuse_left(self.model_runner.get_model(), self.vllm_config)
 
-    def reload_weights(
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As upstream's. Raises UpdateError, with the old weights in place, for whatever does not
+        fit; that of the model's config which names where they are from is then as it was, too."""
+        self._reload(*args, **kwargs)
+
+    def _reload(
         self,
         weights_iterator: Iterable[tuple[str, torch.Tensor]] | None = None,
         weights_path: str | None = None,
         is_checkpoint_format: bool = True,
     ) -> None:
-        """As upstream's. Raises UpdateError, with the old weights in place, for whatever does not
-        fit; that of the model's config which names where they are from is then as it was, too."""
         arguments = (weights_path, is_checkpoint_format)
         model = self.model_runner.get_model()
         if not layer_table.has_tm_layers(model):
@@ -90,5 +93,22 @@ class TMWorker:
             raise
 
 
-SWAPS = ClassSwaps((ClassSwap("vllm.v1.worker.cpu_worker", "CPUWorker", TMWorker),))
-install, remove, installed = SWAPS.install, SWAPS.remove, SWAPS.installed
+SWAPS = {
+    "cpu": ClassSwap("vllm.v1.worker.cpu_worker", "CPUWorker", TMWorker),
+    "cuda": ClassSwap("vllm.v1.worker.gpu_worker", "Worker", TMWorker),
+}
+
+
+def install() -> None:
+    """The worker of this process's device becomes a subclass of it."""
+    SWAPS[machine.device()].install()
+
+
+def remove() -> None:
+    """Puts upstream's class back."""
+    SWAPS[machine.device()].remove()
+
+
+def installed() -> bool:
+    """Whether upstream would find ours."""
+    return SWAPS[machine.device()].installed()

@@ -90,7 +90,9 @@ def plan(request: Request, machine: Machine, asked: Asked | None) -> Plan:
         note = _IGNORED + reason
     if kept(request) == "w4a16" and envs.w4a16_int8_activations() and _long_groups(request):
         name = envs.INT8_ACTIVATIONS.name
-        return Plan("w4a8", True, f"int8 activations, per token and group: {name}=1")
+        if machine.device == "cpu":
+            return Plan("w4a8", True, f"int8 activations, per token and group: {name}=1")
+        note = f"{name}=1 is for CPUs: activations are kept"
     return Plan(kept(request), note=note)
 
 
@@ -120,11 +122,12 @@ def _asked_product(
     if asked.strategy == "token":
         return product, ""
     weights = normalize_group_size(request.group_size, request.k)
-    if asked.strategy == "group" and product == "w4a8" and asked.group_size == weights:
+    by_group = asked.strategy == "group" and product == "w4a8" and machine.device == "cpu"
+    if by_group and asked.group_size == weights:
         return product, ""
     return None, (
-        f"no {product} kernel for activation scales per {asked.strategy} of size "
-        f"{asked.group_size} with weight groups of {request.group_size}"
+        f"no {product} kernel on {machine.device} for activation scales per {asked.strategy} "
+        f"of size {asked.group_size} with weight groups of {request.group_size}"
     )
 
 

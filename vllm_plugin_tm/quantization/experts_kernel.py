@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_plugin_tm import selftest
+from vllm_plugin_tm import machine, selftest
 from vllm_plugin_tm.kernels import ops
 from vllm_plugin_tm.kernels.moe_activation import Activation
 from vllm_plugin_tm.quantization import grouped_int
@@ -276,11 +276,11 @@ def pack_experts(
         if not out:
             out = tuple(part.new_empty((experts, *part.shape)) for part in packed)
             for part in out:
-                torch.ops.vllm_plugin_tm.advise_huge_pages(part)
+                ops.advise_huge_pages(part)
         for part, whole in zip(packed, out, strict=True):
             whole[expert].copy_(part)
         for tensor in disk:
-            torch.ops.vllm_plugin_tm.release_pages(tensor.data[expert])
+            ops.release_pages(tensor.data[expert])
     return out
 
 
@@ -304,10 +304,15 @@ def _scale_dtype(
 
 def packed_channels(values: Tensor, gate_up: bool) -> Tensor:
     """One value of each output row, [experts, N], as float32 [experts, padded channels] in the
-    order of packed channels: tiles of gates and ups alternate."""
+    order of packed channels: tiles of gates and ups alternate. The channels are those of the
+    layout of this process's device."""
     experts = values.shape[0]
     halves = values.float().reshape(experts, 2 if gate_up else 1, -1)
     channels = ops.padded(halves.shape[2])
     halves = torch.nn.functional.pad(halves, (0, channels - halves.shape[2]))
     tiles = halves.view(experts, halves.shape[1], -1, ops.TILE_N)
-    return tiles.transpose(1, 2).reshape(experts, -1).contiguous()
+    out = tiles.transpose(1, 2).reshape(experts, -1)
+    if machine.device() == "cuda":
+        whole = ops.padded(out.shape[1], ops.CUDA_TILE)
+        out = torch.nn.functional.pad(out, (0, whole - out.shape[1]))
+    return out.contiguous()

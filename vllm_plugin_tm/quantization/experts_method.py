@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
-from vllm_plugin_tm import envs, machine
+from vllm_plugin_tm import envs, machine, selftest
 from vllm_plugin_tm.kernels.moe_activation import Activation
 from vllm_plugin_tm.quantization.activations import SMALLEST_INT8_GROUP
 from vllm_plugin_tm.quantization.experts_kernel import Names, TMExpertsKernel
@@ -18,6 +18,7 @@ from vllm_plugin_tm.quantization.float_experts_kernel import FloatFormat, TMFloa
 from vllm_plugin_tm.quantization.support_matrix import (
     CHANNEL,
     WEIGHT_TYPES,
+    Machine,
     MoeRequest,
     check_moe,
 )
@@ -48,8 +49,8 @@ class TMExpertsMethod:
         On a processor with AMX upstream has kernels, and the matrix says no, but not for every
         layer that we can run: where upstream refuses one of those, we take it.
         """
-        here, schemes = machine.detect(), envs.schemes()
-        reason = wanted if isinstance(wanted, str) else check_moe(wanted, here, schemes).reason
+        here = machine.detect()
+        reason = wanted if isinstance(wanted, str) else _refusal(wanted, here)
         if reason is not None:
             self.note = reason
             try:
@@ -57,7 +58,7 @@ class TMExpertsMethod:
                 return False
             except (NotImplementedError, ValueError) as error:
                 if not isinstance(wanted, str):
-                    reason = check_moe(wanted, replace(here, amx=False), schemes).reason
+                    reason = _refusal(wanted, replace(here, amx=False))
                 if reason is not None:
                     raise type(error)(f"{error} (vllm-plugin-tm: {reason})") from error
                 self.note = ""
@@ -107,6 +108,12 @@ class TMExpertsMethod:
         return False if self.kernel is not None else super().supports_eplb  # type: ignore[misc]
 
 
+def _refusal(wanted: MoeRequest, here: Machine) -> str | None:
+    """Why a layer cannot be ours, or None."""
+    reason = check_moe(wanted, here, envs.schemes()).reason
+    return reason or selftest.mistrust(f"{wanted.scheme}_moe")
+
+
 def activation_of(moe: Any) -> Activation:
     """The ops' activation for upstream's FusedMoEConfig, whose activation the matrix knows."""
     limit = float("inf") if moe.swiglu_limit is None else float(moe.swiglu_limit)
@@ -138,6 +145,7 @@ def moe_request(
     group = CHANNEL if group_size is None else group_size
     long_groups = group == CHANNEL or group >= SMALLEST_INT8_GROUP
     rounded = envs.w4a16_int8_activations() and "w4a8" in envs.schemes()
+    rounded = rounded and machine.device() == "cpu"  # kernels for GPUs do not round by groups
     if scheme == "w4a16" and long_groups and rounded:
         scheme = "w4a8"
     return MoeRequest(

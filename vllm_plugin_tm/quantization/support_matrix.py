@@ -3,7 +3,7 @@
 importable without torch and vLLM, so that the README's table is made from it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_plugin_tm.envs import ISAS, SCHEMES
 
@@ -14,10 +14,15 @@ WORD_BITS = 32
 """Bits of the words that packed checkpoints are made of."""
 
 
+CUDA_ISAS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_90 as PTX")
+"""What a GPU's kernels are compiled for: a GPU runs those of its compute capability, of an older
+one of the same generation, or, if it is newer than all of them, what its driver makes of PTX."""
+
+
 @dataclass(frozen=True)
 class Machine:
-    """Where a layer would run: device type, the kernels' instruction set (None: the processor has
-    none of ours), whether it has AMX tiles, and whether the user forced an instruction set."""
+    """Where a layer would run: device type, the kernels' instruction set (None: the device has none
+    of ours), whether it has AMX tiles, and whether the user forced an instruction set."""
 
     device: str
     isa: str | None
@@ -114,6 +119,7 @@ class Row:
     """One line of the matrix: a scheme on a device, and everything it takes.
 
     `group_multiple` is what group sizes are multiples of; None: no groups, one scale per channel.
+    `more_groups` are sizes beside these, `longest_group` is the longest one if there is any.
     `groups` says it in words where that is not all.
     `rounding` says what happens to activations, empty where they are kept. `amx_types` are the
     weight types for which upstream has an AMX kernel, and so keeps its layers, where activations
@@ -131,6 +137,24 @@ class Row:
     amx_types: tuple[str, ...] = ()
     amx_dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
     groups: str = ""
+    more_groups: tuple[int, ...] = ()
+    longest_group: int | None = None
+
+    def group_sizes(self) -> str:
+        """The sizes of groups in words."""
+        if self.group_multiple is None:
+            return f"{CHANNEL} (channel)"
+        sizes = [str(size) for size in self.more_groups] + [f"multiples of {self.group_multiple}"]
+        if self.longest_group is not None:
+            sizes[-1] += f" up to {self.longest_group}"
+        return f"{', '.join(sizes)} and {CHANNEL} (channel)"
+
+    def takes_group(self, size: int) -> bool:
+        """Whether a group may have this size; CHANNEL always may."""
+        if size == CHANNEL or size in self.more_groups:
+            return True
+        fits = self.group_multiple is not None and size >= 1 and size % self.group_multiple == 0
+        return fits and (self.longest_group is None or size <= self.longest_group)
 
 
 def _packed(*bits: int) -> tuple[str, ...]:
@@ -146,8 +170,31 @@ _FLOATS = ("bfloat16", "float16", "float32")
 _AMX_DTYPES = ("bfloat16",)
 _PACKED = "compressed-tensors pack-quantized"
 _PACKED_A8 = "compressed-tensors pack-quantized with int8 activations"
+_HALVES = ("bfloat16", "float16")
 
-MATRIX: tuple[Row, ...] = (
+
+def _cuda(rows: tuple[Row, ...], experts: bool) -> tuple[Row, ...]:
+    """The schemes that have CUDA kernels, as the CPU has them except for what is said here: a group
+    is half a slab of 64 weights, or whole ones, and sums of codes in it stay below 2**22."""
+    w4a16, w4a8, w8a8 = (
+        replace(
+            next(row for row in rows if row.scheme == scheme),
+            device="cuda",
+            isas=CUDA_ISAS,
+            act_dtypes=_HALVES,
+            amx_types=(),
+        )
+        for scheme in ("w4a16", "w4a8", "w8a8")
+    )
+    w4a16 = replace(w4a16, group_multiple=64, more_groups=(32,))
+    w4a8 = replace(w4a8, group_multiple=64, more_groups=(32,), longest_group=2048)
+    w4a8 = replace(w4a8, rounding="int8, symmetric, per token")
+    if experts:
+        w4a8 = replace(w4a8, formats=w4a8.formats[:1], weight_types=w4a8.weight_types[:1])
+    return w4a16, w4a8, w8a8
+
+
+_CPU_MATRIX: tuple[Row, ...] = (
     Row(
         scheme="w4a16",
         formats=(_PACKED, "4 bits also: AWQ, GPTQ without activation order, Quark"),
@@ -224,7 +271,7 @@ MATRIX: tuple[Row, ...] = (
     ),
 )
 
-MOE_MATRIX: tuple[Row, ...] = (
+_CPU_MOE_MATRIX: tuple[Row, ...] = (
     Row(
         scheme="w4a16",
         formats=(_PACKED, "4 bits also: AWQ, GPTQ without activation order"),
@@ -303,6 +350,11 @@ MOE_MATRIX: tuple[Row, ...] = (
         amx_types=("mxfp4",),
     ),
 )
+
+MATRIX: tuple[Row, ...] = (*_CPU_MATRIX, *_cuda(_CPU_MATRIX, experts=False))
+"""Linear layers."""
+
+MOE_MATRIX: tuple[Row, ...] = (*_CPU_MOE_MATRIX, *_cuda(_CPU_MOE_MATRIX, experts=True))
 """Routed experts; both products of an expert are of one kind."""
 
 MOE_ACTIVATIONS = (
@@ -315,7 +367,7 @@ MOE_ACTIVATIONS = (
 # does not say whether activations are to be quantized.
 _SCHEME_OF = {"int4": "w4a8", "int8": "w8a8"} | {
     name: row.scheme
-    for row in MATRIX
+    for row in _CPU_MATRIX
     if row.scheme.endswith("a16") or row.scheme.startswith("fp")
     for name in row.weight_types
 }
@@ -407,6 +459,8 @@ def check_machine(
     if machine.isa not in row.isas:
         reason = f"instruction set ({machine.isa}) not supported, supported are {row.isas}"
         return Verdict(False, reason)
+    if act_dtype is not None and act_dtype not in row.act_dtypes:
+        return Verdict(False, _act_dtype_problem(row, act_dtype))
     has_amx_kernel = weight_type in row.amx_types and act_dtype in (None, *row.amx_dtypes)
     if machine.amx and not machine.isa_forced and has_amx_kernel:
         return Verdict(
@@ -433,6 +487,10 @@ def _row(scheme: str, device: str, matrix: tuple[Row, ...] = MATRIX) -> Row | No
     return next((row for row in matrix if (row.scheme, row.device) == (scheme, device)), None)
 
 
+def _act_dtype_problem(row: Row, act_dtype: str) -> str:
+    return f"activation type ({act_dtype}) not supported, supported are {row.act_dtypes}"
+
+
 def _format_problem(row: Row, request: Request) -> str | None:
     if request.weight_type not in row.weight_types:
         return (
@@ -444,21 +502,16 @@ def _format_problem(row: Row, request: Request) -> str | None:
             f"supported, it goes with zero points ({not request.zero_points})"
         )
     if request.act_dtype not in row.act_dtypes:
-        return (
-            f"activation type ({request.act_dtype}) not supported, supported are {row.act_dtypes}"
-        )
+        return _act_dtype_problem(row, request.act_dtype)
     if request.act_order:
         return "activation order (g_idx) not supported, only groups of neighbours are"
     group_size = normalize_group_size(request.group_size, request.k)
     if group_size == CHANNEL:
         return None
-    if row.group_multiple is None:
-        return f"group size ({request.group_size}) not supported, supported is {CHANNEL} (channel)"
-    if group_size < 1 or group_size % row.group_multiple:
-        return (
-            f"group size ({request.group_size}) not supported, supported are multiples of "
-            f"{row.group_multiple} and {CHANNEL} (channel)"
-        )
+    if not row.takes_group(group_size):
+        are = "is" if row.group_multiple is None else "are"
+        sizes = row.group_sizes()
+        return f"group size ({request.group_size}) not supported, supported {are} {sizes}"
     return None
 
 
@@ -507,7 +560,9 @@ def _groups(row: Row) -> str:
         return row.groups
     if row.group_multiple is None:
         return "channel; one scale for a tensor"
-    return f"any multiple of {row.group_multiple} that divides the input size; channel"
+    more = "".join(f"{size}, " for size in row.more_groups)
+    most = f" up to {row.longest_group}" if row.longest_group else ""
+    return f"{more}any multiple of {row.group_multiple}{most} that divides the input size; channel"
 
 
 def _weights(row: Row) -> str:

@@ -35,7 +35,8 @@ class TMInt8ScaledMMLinearKernel(TMLinearKernel, Int8ScaledMMLinearKernel):
         a model."""
         dtype = str(torch.get_default_dtype()).removeprefix("torch.")
         verdict = check_machine("w8a8", "int8", machine.detect(), envs.schemes(), act_dtype=dtype)
-        return verdict.ok, verdict.reason
+        problem = selftest.mistrust("w8a8") if verdict.ok else verdict.reason
+        return problem is None, problem
 
     @classmethod
     def can_implement(cls, c: Int8ScaledMMLinearLayerConfig) -> tuple[bool, str | None]:

@@ -39,7 +39,7 @@ class TMWNA16LinearKernel(TMLinearKernel, MPLinearKernel):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Any: a CPU has no CUDA capability."""
+        """Any: the support matrix knows GPUs, and a CPU has no CUDA capability."""
         return -1
 
     @classmethod
@@ -56,7 +56,9 @@ class TMWNA16LinearKernel(TMLinearKernel, MPLinearKernel):
                 f"weight type ({request.weight_type}) not supported, "
                 f"supported are {cls.weight_types}",
             )
-        return check(request, machine.detect(), envs.schemes())
+        verdict = check(request, machine.detect(), envs.schemes())
+        problem = selftest.mistrust(str(scheme_of(request.weight_type))) if verdict.ok else None
+        return Verdict(False, problem) if problem else verdict
 
     def __init__(
         self,
