@@ -50,6 +50,7 @@ MODELS = {
     "w8a8 static": quantized(tiny_llama, STATIC, static="asymmetric", **BYTES),
     "w4a16 experts": quantized(tiny_moe, symmetric=False, group=32),
     "w4a8 experts": quantized(tiny_moe, packed=False, group=-1),
+    "w4a8 packed experts": quantized(tiny_moe, rounded=True, group=32),
     "w8a8 experts": quantized(tiny_moe, **BYTES),
 }
 # What CUDA kernels sum as the CPU's do, and so to the same bits.

@@ -16,7 +16,7 @@ def quantized(kind, activations=None, **how):
     """make(path, seed) for a checkpoint of tiny_llama or tiny_moe."""
 
     def make(path, seed):
-        state = kind.tensors(seed=seed, **how)
+        state = kind.tensors(seed=seed, **{k: v for k, v in how.items() if k != "rounded"})
         how_saved = {key: value for key, value in how.items() if key != "static"}
         if activations is not None:
             how_saved["activations"] = activations

@@ -83,6 +83,7 @@ MODELS = {
     "w4a16 experts": (quantized(tiny_moe, symmetric=False), None),
     "w8a16 channel experts": (quantized(tiny_moe, bits=8, group=-1), None),
     "w4a8 experts": (quantized(tiny_moe, packed=False, group=-1), None),
+    "w4a8 packed experts": (quantized(tiny_moe, rounded=True), None),
     "w8a8 experts": (quantized(tiny_moe, **BYTES), None),
     **{
         name: (floats(float_llama.FORMS[name]), None)

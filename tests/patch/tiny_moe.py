@@ -61,9 +61,12 @@ def tensors(group=16, symmetric=True, bits=4, packed=True, seed=0):
     return state
 
 
-def save(path, state, group=16, symmetric=True, bits=4, packed=True, quantization=None):
+def save(
+    path, state, group=16, symmetric=True, bits=4, packed=True, quantization=None, rounded=None
+):
     """Writes config.json and model.safetensors into `path`; `quantization` replaces the
-    compressed-tensors configuration that the other arguments describe."""
+    compressed-tensors configuration that the other arguments describe. `rounded`: whether
+    activations are int8 per token, None for where weights are bytes."""
     weights = {
         "num_bits": bits,
         "type": "int",
@@ -82,7 +85,7 @@ def save(path, state, group=16, symmetric=True, bits=4, packed=True, quantizatio
     scheme = {
         "targets": ["Linear"],
         "weights": weights,
-        "input_activations": None if packed else per_token,
+        "input_activations": per_token if (not packed if rounded is None else rounded) else None,
     }
     config = {
         "architectures": ["Qwen3MoeForCausalLM"],

@@ -23,6 +23,11 @@ SWAPS = ClassSwaps(
             compressed_tensors_moe_wna16.TMWNA16Experts,
         ),
         ClassSwap(
+            f"{_Q}.compressed_tensors.compressed_tensors",
+            "CompressedTensorsMoEMethod",
+            compressed_tensors_moe_wna16.TMExpertsChoice,
+        ),
+        ClassSwap(
             f"{_CT}.compressed_tensors_moe_w8a8_int8",
             "CompressedTensorsW8A8Int8MoEMethod",
             compressed_tensors_moe_w8a8_int8.TMW8A8Int8Experts,

@@ -222,11 +222,17 @@ PATCHES: tuple[Patch, ...] = (
             "CompressedTensorsW4A4Nvfp4MoEMethod, Fp8MoEMethod, GptOssMxfp4MoEMethod, "
             "ModelOptFp8MoEMethod, ModelOptNvFp4FusedMoE, AutoGPTQMoEMethod and "
             "AutoAWQMoEMethod under the same names in their modules, ModelOpt's also in its "
-            "configurations"
+            "configurations; CompressedTensorsMoEMethod, which chooses, where it is asked"
         ),
         expects={
             f"{_CT_MOE}_wna16:CompressedTensorsWNA16MoEMethod": (
                 "(weight_quant, input_quant, moe, layer_name=None)"
+            ),
+            f"{_CT}:CompressedTensorsMoEMethod.get_moe_method": "(quant_config, layer, layer_name)",
+            f"{_CT}:CompressedTensorsConfig._add_fused_moe_to_target_scheme_map": "(self)",
+            f"{_CT}:CompressedTensorsConfig.get_scheme_dict": "(self, layer, layer_name=None)",
+            f"{_CT}:CompressedTensorsConfig._is_dynamic_token_w4a8_int": (
+                "(weight_quant, input_quant)"
             ),
             f"{_QUANTIZATION}.modelopt:ModelOptFp8Config.FusedMoEMethodCls": _MODELOPT_MOE,
             f"{_QUANTIZATION}.modelopt:ModelOptNvFp4Config.FusedMoEMethodCls": _MODELOPT_MOE,

@@ -38,6 +38,9 @@ class TMExpertsMethod:
     note: str = ""
     """Why the layer is not ours, for the layer table."""
 
+    per_token: bool = False
+    """Whether the checkpoint asks for int8 activations per token; set before _begin()."""
+
     names: Names
     form: FloatFormat | None = None
     """How the checkpoint holds weights that are floats; set before _begin()."""
@@ -68,8 +71,10 @@ class TMExpertsMethod:
             activation = activation_of(moe)
             self.kernel = TMFloatExpertsKernel(wanted, activation, self.names, self.form)
             return True
-        # Packed weights that run as w4a8 do so because the user wants it, by groups.
-        x_groups = wanted.scheme == "w4a8" and WEIGHT_TYPES[wanted.weight_type].packed
+        # Packed weights run as w4a8 because the checkpoint says so, per token, or because the user
+        # wants it, by groups.
+        packed = WEIGHT_TYPES[wanted.weight_type].packed
+        x_groups = wanted.scheme == "w4a8" and packed and not self.per_token
         self.kernel = TMExpertsKernel(wanted, activation_of(moe), self.names, x_groups)
         return True
 

@@ -190,7 +190,7 @@ def _cuda(rows: tuple[Row, ...], experts: bool) -> tuple[Row, ...]:
     w4a8 = replace(w4a8, group_multiple=64, more_groups=(32,), longest_group=2048)
     w4a8 = replace(w4a8, rounding="int8, symmetric, per token")
     if experts:
-        w4a8 = replace(w4a8, formats=w4a8.formats[:1], weight_types=w4a8.weight_types[:1])
+        w4a8 = replace(w4a8, formats=w4a8.formats[:2], weight_types=("int4", "uint4b8"))
     return w4a16, w4a8, w8a8
 
 
@@ -297,12 +297,13 @@ _CPU_MOE_MATRIX: tuple[Row, ...] = (
         scheme="w4a8",
         formats=(
             "compressed-tensors int-quantized: 4 bits, symmetric",
+            f"{_PACKED_A8}: the same",
             "those of W4A16 where VLLM_PLUGIN_TM_W4A16_INT8_ACTIVATIONS=1",
         ),
         weight_types=("int4", *_packed(4, 3, 2)),
         group_multiple=8,
         act_dtypes=_FLOATS,
-        rounding="int8, symmetric, per token or, for the latter, per token and group",
+        rounding="int8, symmetric, per token or, for the last, per token and group",
         device="cpu",
         isas=ISAS,
     ),

@@ -19,6 +19,7 @@ N, K = 128, 256
 PER_TOKEN = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
 FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
 FP4 = {"num_bits": 4, "type": "float", "symmetric": True}
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 # Weights' arguments, format, whether activations are rounded; what is shown, and where it runs:
 # as a linear layer, as an expert.
 KINDS = {
@@ -37,6 +38,15 @@ KINDS = {
     "fp8-kept": (
         FP8 | {"strategy": "channel"},
         ("float-quantized", False, "fp8a16 channel", "TM fp8", "upstream"),
+    ),
+    "int4-packed": (
+        INT4 | {"symmetric": True},
+        ("pack-quantized", True, "w4a8 g32", "TM w4a8", "TM w4a8"),
+    ),
+    # Upstream has no method for such experts.
+    "int4-packed-zeros": (
+        INT4 | {"symmetric": False},
+        ("pack-quantized", True, "w4a8 g32 asymmetric", "TM w4a8", "upstream"),
     ),
     "int8-tensor": (
         {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor"},
@@ -60,6 +70,14 @@ def tensors(kind, weight):
     elif kind == "mxfp4":
         ranges = weight.view(N, -1, 32).abs().amax(-1) / 6
         given["weight_scale"] = torch.exp2(ranges.log2().ceil())
+    elif kind.startswith("int4"):
+        groups = weight.view(N, -1, 32)
+        given["weight_scale"] = groups.abs().amax(-1) / 7
+        if kind == "int4-packed-zeros":
+            low = groups.amin(-1).clamp(max=0)
+            given["weight_scale"] = (groups.amax(-1).clamp(min=0) - low) / 15
+            zeros = (-8 - low / given["weight_scale"]).round().clamp(-8, 7)
+            given["weight_zero_point"] = zeros.to(torch.int8)
     elif kind == "fp8-kept":
         given["weight_scale"] = weight.abs().amax(-1, keepdim=True) / reference_float.E4M3_MOST
     else:

@@ -87,7 +87,13 @@ def of_compressed_tensors(parts: Mapping[str, Stored], scheme: "QuantizationSche
         return Held(name, (n, k), why=f"{form} of {bits} bits has no TM kernel")
     ours = f"w{4 if bits <= 4 else 8}a{8 if act else 16}"
     group = weights.group_size if (weights.group_size or 0) > 0 else CHANNEL
-    return Held(name, (n, k), ours, weight_type, not weights.symmetric, int(group or CHANNEL))
+    # Upstream knows no method for such experts.
+    why = "zero points of experts' weights under int8 activations have no TM kernel"
+    zeros = not weights.symmetric
+    return Held(
+        *(name, (n, k), ours, weight_type, zeros, int(group or CHANNEL)),
+        expert_why=why if act and zeros else "",
+    )
 
 
 def of_method(module: str, parts: Mapping[str, Stored], quantization: dict) -> Held:

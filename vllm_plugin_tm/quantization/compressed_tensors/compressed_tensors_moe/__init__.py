@@ -20,6 +20,7 @@ class TMCompressedTensorsExperts(TMExpertsMethod):
                 weight_quant, input_quant, moe, layer_name
             )
 
+        self.per_token = input_quant is not None
         if self._begin(moe, self._request(weight_quant, input_quant, moe), upstream):
             self.weight_quant, self.input_quant = weight_quant, input_quant
             self._adopt(weight_quant, moe)

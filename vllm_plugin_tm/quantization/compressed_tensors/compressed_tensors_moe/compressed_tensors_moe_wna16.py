@@ -1,15 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routed experts with packed weights of 2 to 8 bits, activations kept."""
+"""Routed experts with packed weights of 2 to 8 bits, activations kept; and packed 4-bit ones with
+int8 activations per token, for which upstream has no method."""
 
 from fractions import Fraction
+from importlib import import_module
 from typing import Any
 
+import torch
+
+from vllm_plugin_tm import envs, machine
 from vllm_plugin_tm.quantization.compressed_tensors.compressed_tensors_moe import (
     TMCompressedTensorsExperts,
 )
 from vllm_plugin_tm.quantization.experts_kernel import Names
 from vllm_plugin_tm.quantization.experts_method import moe_request
-from vllm_plugin_tm.quantization.support_matrix import WORD_BITS, MoeRequest
+from vllm_plugin_tm.quantization.support_matrix import WORD_BITS, MoeRequest, check_moe
+
+_PACKED = "pack-quantized"
+_METHOD = (
+    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe"
+    ".compressed_tensors_moe_wna16",
+    "CompressedTensorsWNA16MoEMethod",
+)
+
+
+def request_of(weight_quant: Any, input_quant: Any, moe: Any) -> MoeRequest:
+    """compressed-tensors' arguments in the support matrix's words."""
+    bits, symmetric = int(weight_quant.num_bits), bool(weight_quant.symmetric)
+    weight_type = f"uint{bits}b{1 << (bits - 1)}" if symmetric else f"uint{bits}"
+    kept = "w4a16" if bits <= 4 else "w8a16"
+    scheme = kept if input_quant is None else "w4a8"
+    return moe_request(moe, scheme, weight_type, not symmetric, weight_quant.group_size)
 
 
 class TMWNA16Experts(TMCompressedTensorsExperts):
@@ -18,14 +39,31 @@ class TMWNA16Experts(TMCompressedTensorsExperts):
     names = Names("weight_packed", "weight_scale", "weight_zero_point")
 
     def _request(self, weight_quant: Any, input_quant: Any, moe: Any) -> MoeRequest | str:
-        bits, symmetric = int(weight_quant.num_bits), bool(weight_quant.symmetric)
-        weight_type = f"uint{bits}b{1 << (bits - 1)}" if symmetric else f"uint{bits}"
-        scheme = "w4a16" if bits <= 4 else "w8a16"
-        group = weight_quant.group_size
-        return moe_request(moe, scheme, weight_type, not symmetric, group)
+        return request_of(weight_quant, input_quant, moe)
 
     def _adopt(self, weight_quant: Any, moe: Any) -> None:
         self.symmetric, self.num_bits = weight_quant.symmetric, weight_quant.num_bits
         self.packed_factor = Fraction(WORD_BITS, self.num_bits)
         self.strategy = weight_quant.strategy
         self.group_size = -1 if weight_quant.group_size is None else weight_quant.group_size
+
+
+class TMExpertsChoice:
+    """Mixed in before CompressedTensorsMoEMethod where upstream asks it for a layer's method: the
+    one that it has for 4-bit weights and int8 activations reads a byte for each weight."""
+
+    @classmethod
+    def get_moe_method(cls, quant_config: Any, layer: torch.nn.Module, layer_name: str) -> Any:
+        """Upstream's choice, or, where packed weights are to meet int8 activations and we can run
+        that, the method of packed weights."""
+        # As upstream begins: schemes of "Linear" are those of experts too.
+        quant_config._add_fused_moe_to_target_scheme_map()
+        scheme = quant_config.get_scheme_dict(layer, f"{layer_name}.0.{layer.ckpt_gate_proj_name}")
+        if scheme and scheme.get("format") == _PACKED:
+            arguments = (scheme.get("weights"), scheme.get("input_activations"))
+            if quant_config._is_dynamic_token_w4a8_int(*arguments) and arguments[1].symmetric:
+                wanted = request_of(*arguments, layer.moe_config)
+                if check_moe(wanted, machine.detect(), envs.schemes()).ok:
+                    module, name = _METHOD
+                    return getattr(import_module(module), name)(*arguments, layer.moe_config)
+        return super().get_moe_method(quant_config, layer, layer_name)  # type: ignore[misc]
