@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA backend through its C interface, wherever it runs: packing on the host, arrays in device
-memory, launches. What a kernel does wrong is a DeviceError."""
+memory, launches. What a kernel does wrong is a DeviceError. Tensors name their device: vLLM's
+loader sets other defaults around them."""
 
 import ctypes
 from abc import ABC, abstractmethod
@@ -125,10 +126,18 @@ class Device(ABC):
         layout = Layout(2 * (-(-half // 16) * 16) if gate_up else n, k, scale.shape[1], width)
         sizes = [ctypes.c_int64() for _ in range(3)]
         self.call("tm_cuda_pack_sizes", ctypes.byref(layout), *map(ctypes.byref, sizes))
-        weight = torch.full((sizes[0].value,), -1, dtype=torch.int32)
-        packed_scale = torch.full((sizes[1].value,), float("nan"), dtype=scale.dtype)
-        zero = None if zero_point is None else torch.full((sizes[2].value,), -1, dtype=torch.int32)
-        sums = torch.full((sizes[1].value,), -1, dtype=torch.int32) if width == 8 else None
+        weight = torch.full((sizes[0].value,), -1, dtype=torch.int32, device="cpu")
+        packed_scale = torch.full((sizes[1].value,), float("nan"), dtype=scale.dtype, device="cpu")
+        zero = (
+            None
+            if zero_point is None
+            else torch.full((sizes[2].value,), -1, dtype=torch.int32, device="cpu")
+        )
+        sums = (
+            torch.full((sizes[1].value,), -1, dtype=torch.int32, device="cpu")
+            if width == 8
+            else None
+        )
         tensors = (codes, scale, zero_point, weight, packed_scale, zero, sums)
         args = Pack(
             layout,
@@ -151,7 +160,9 @@ class Device(ABC):
     @contextmanager
     def rows(self, x: Tensor, place: Place) -> Iterator[int]:
         """An address that holds x as `place` says."""
-        wide = torch.full((x.shape[0], x.shape[1] + place.pad), float("nan"), dtype=x.dtype)
+        wide = torch.full(
+            (x.shape[0], x.shape[1] + place.pad), float("nan"), dtype=x.dtype, device="cpu"
+        )
         wide[:, : x.shape[1]] = x
         with self.array("x", wide, place.shift) as address:
             assert address is not None
@@ -197,7 +208,7 @@ class Device(ABC):
             wide = -(-k // 64) * 64
             codes = self.read(codes_at, rows, wide // _RUN, _RUN, dtype=torch.int8)
             scale = self.read(scale_at, rows, 1, dtype=torch.float32)
-            zero = torch.zeros(rows, 1, dtype=torch.int32)
+            zero = torch.zeros(rows, 1, dtype=torch.int32, device="cpu")
             if zero_at is not None:
                 zero = self.read(zero_at, rows, 1, dtype=torch.int32)
         # Code 4t + i is that of k = 2t + 8 * (i % 2) + i // 2.
@@ -263,7 +274,7 @@ class Device(ABC):
         sizes = (ctypes.byref(plan), ctypes.byref(packed.layout), rows)
         sums = self.library.tm_cuda_sums_bytes(*sizes)
         arrived = self.library.tm_cuda_arrived_words(*sizes)
-        counters = torch.zeros(arrived, dtype=torch.int32) if arrived else None
+        counters = torch.zeros(arrived, dtype=torch.int32, device="cpu") if arrived else None
         result: Tensor | None = None
         with ExitStack() as stack:
             enter = stack.enter_context

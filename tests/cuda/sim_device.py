@@ -58,7 +58,7 @@ class Simulator(Device):
             self.library.sim_release(address)
 
     def read(self, address: int, *shape: int, dtype: torch.dtype) -> Tensor:
-        out = torch.empty(shape, dtype=dtype)
+        out = torch.empty(shape, dtype=dtype, device="cpu")
         self.library.sim_copy_out(out.data_ptr(), address, out.numel() * out.element_size())
         return out
 

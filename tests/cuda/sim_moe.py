@@ -70,7 +70,7 @@ def _bias(bias: Tensor | None, packed: Packed, gate_up: bool) -> Tensor | None:
     if bias is None:
         return None
     wide = -(-packed.layout.n // 64) * 64
-    out = torch.full((bias.shape[0], wide), float("nan"))
+    out = torch.full((bias.shape[0], wide), float("nan"), device="cpu")
     for n in range(bias.shape[1]):
         half, at = divmod(n, bias.shape[1] // 2) if gate_up else (0, n)
         tile = 2 * (at // 16) + half if gate_up else at // 16

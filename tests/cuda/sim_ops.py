@@ -51,7 +51,11 @@ class Ops:
     def _shaped(self, packed: Packed, third: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         of = packed.layout
         shapes = ops.cuda_pack_shapes(of.n, of.k, of.groups, of.bits)
-        zero = torch.empty(0, dtype=torch.int32) if third is None else third.view(shapes[2])
+        zero = (
+            torch.empty(0, dtype=torch.int32, device="cpu")
+            if third is None
+            else third.view(shapes[2])
+        )
         return packed.weight.view(shapes[0]), packed.scale.view(shapes[1]), zero
 
     def w4a16_linear(

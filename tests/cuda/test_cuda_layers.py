@@ -22,7 +22,7 @@ if not ops.is_available():
 import sim_ops
 import tiny_llama
 import tiny_moe
-from served_model import Served, quantized
+from served_model import Served, plain, quantized
 from vllm.model_executor.kernels import linear
 from vllm.model_executor.kernels.linear import MPLinearLayerConfig
 from vllm.platforms import PlatformEnum
@@ -52,9 +52,15 @@ MODELS = {
     "w4a8 experts": quantized(tiny_moe, packed=False, group=-1),
     "w4a8 packed experts": quantized(tiny_moe, rounded=True, group=32),
     "w8a8 experts": quantized(tiny_moe, **BYTES),
+    "tm_w4a16": plain("llama"),
+    "tm_w4a16 biases": plain("qwen2", tied=True),
+    "tm_w8a8": plain("llama"),
+    "tm_w4a8 experts": plain("qwen3_moe"),
 }
+# Layers of ours: all linear ones, or of tiny_moe the experts, of qwen3_moe both.
+COUNTS = {name: 1 for name in MODELS if name.endswith(" experts")} | {"tm_w4a8 experts": 6}
 # What CUDA kernels sum as the CPU's do, and so to the same bits.
-SAME_BITS = ("w4a8", "w4a8 packed", "w8a8", "w8a8 static")
+SAME_BITS = ("w4a8", "w4a8 packed", "w8a8", "w8a8 static", "tm_w8a8")
 
 
 @contextmanager
@@ -80,11 +86,16 @@ def on_cuda(simulated: Device) -> Iterator[None]:
         yield
 
 
+def options_of(name: str) -> dict[str, str]:
+    """vLLM's for a model of MODELS: one of 16 bits is quantized while it is loaded."""
+    return {"quantization": name.split()[0]} if name.startswith("tm_") else {}
+
+
 def outputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What every layer of ours makes of the same rows."""
     found = {}
     for name, module in model.named_modules():
-        kernel = layer_table.tm_kernel_of(module)
+        kernel: Any = layer_table.tm_kernel_of(module)
         if kernel is None:
             continue
         generator = torch.Generator().manual_seed(5)
@@ -96,7 +107,7 @@ def outputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         if hasattr(module, "w13_weight") or hasattr(module, "w13_weight_packed"):
             ids = torch.tensor([[0, 3], [2, 1], [3, 2], [1, 0], [0, 1]], dtype=torch.int32)
             weights = torch.rand(5, 2, generator=generator)
-            rows = x(5, tiny_moe.HIDDEN)
+            rows = x(5, kernel.request.hidden)
             found[name] = method.apply(module, rows, weights, ids, None, None)
         else:
             found[name] = method.apply(module, x(5, module.input_size_per_partition))
@@ -109,15 +120,15 @@ def test_layers_are_those_of_the_cpu(simulated: Device, tmp_path: Path, name: st
     """All of a checkpoint's layers, chosen by upstream's own lists, from the same files."""
     MODELS[name](tmp_path, 0)
     with device(None):
-        want = outputs(tiny_llama.load(tmp_path))
+        want = outputs(tiny_llama.load(tmp_path, **options_of(name)))
     with device(simulated):
-        model = tiny_llama.load(tmp_path)
+        model = tiny_llama.load(tmp_path, **options_of(name))
         rows = layer_table.collect(model)
         got = outputs(model)
     ours = [row for row in rows if row.on_tm]
     assert {row.isa for row in ours} == {sim_ops.HERE.isa}
     assert set(got) == set(want)
-    assert len(got) == sum(row.count for row in ours) == (1 if "experts" in name else 8)
+    assert len(got) == sum(row.count for row in ours) == COUNTS.get(name, 8)
     for layer, y in got.items():
         if name in SAME_BITS:
             assert torch.equal(y, want[layer]), layer
@@ -134,7 +145,7 @@ def test_layers_are_those_of_the_cpu(simulated: Device, tmp_path: Path, name: st
 def test_updates_equal_a_fresh_load(tmp_path: Path, name: str) -> None:
     """As tests/patch/test_updates.py has it for CPUs: there and back, once by each of upstream's
     ways; tensors stay where they are."""
-    served = Served(MODELS[name], tmp_path)
+    served = Served(MODELS[name], tmp_path, **options_of(name))
     first = served.state()
     served.update("session", served.checkpoint(1))
     served.assert_loaded_from(tmp_path / "1")

@@ -4,12 +4,33 @@ upstream's ways."""
 
 import tiny_llama
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import inplace
 
 from vllm_plugin_tm import machine
 from vllm_plugin_tm.updates.engine import BACKEND
+
+SIZES = {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 128,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+EXPERTS = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32,
+}  # fmt: skip
+
+
+def plain(architecture, tied=False, sizes=None):
+    """A bf16 model of transformers' own saving."""
+
+    def make(path, seed):
+        torch.manual_seed(seed)
+        more = SIZES | (EXPERTS if architecture == "qwen3_moe" else {}) | (sizes or {})
+        config = AutoConfig.for_model(architecture, **more, tie_word_embeddings=tied)
+        AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(path)
+
+    return make
 
 
 def quantized(kind, activations=None, **how):

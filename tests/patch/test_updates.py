@@ -19,8 +19,7 @@ pytest.importorskip("vllm")
 if not ops.is_available():
     pytest.skip("the extension is not built", allow_module_level=True)
 
-from served_model import Served, quantized, same
-from transformers import AutoConfig, AutoModelForCausalLM
+from served_model import SIZES, Served, plain, quantized, same
 
 from vllm_plugin_tm.patch import apply
 from vllm_plugin_tm.quantization.online.options import KEY
@@ -30,31 +29,12 @@ from vllm_plugin_tm.updates.update import UpdateError
 
 pytestmark = pytest.mark.slow
 
-SIZES = {
-    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 128,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-}  # fmt: skip
 # Blocks of 128 fit all but keys and values; with experts, all.
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8}
 WIDE_EXPERTS = WIDE | {"moe_intermediate_size": 256, "num_key_value_heads": 4}
 BLOCKS = {"on_indivisible": "channel", "scales": "ue8m0"}
 PADDED = {"vocab_size": 120}
 HEAD = {"lm_head": "w8a16"}
-EXPERTS = {
-    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32,
-}  # fmt: skip
-
-
-def plain(architecture, tied=False, sizes=None):
-    """A bf16 model of transformers' own saving."""
-
-    def make(path, seed):
-        torch.manual_seed(seed)
-        more = SIZES | (EXPERTS if architecture == "qwen3_moe" else {}) | (sizes or {})
-        config = AutoConfig.for_model(architecture, **more, tie_word_embeddings=tied)
-        AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(path)
-
-    return make
 
 
 def floats(form):

@@ -295,6 +295,7 @@ PATCHES: tuple[Patch, ...] = (
         },
         tested=COMPAT_VLLM,
         delete_when="upstream has online integer schemes whose kernels come from its lists",
+        devices=_ALL,
     ),
     Patch(
         name="model_loader",

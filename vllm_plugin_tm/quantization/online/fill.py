@@ -68,10 +68,11 @@ def _over_ranks(options: Options) -> Reduce:
     from vllm.distributed import get_tp_group
 
     def reduce(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        both = torch.stack([-low, high])
+        both = torch.stack([-low, high]).cpu()
         torch.distributed.all_reduce(
             both, torch.distributed.ReduceOp.MAX, group=get_tp_group().cpu_group
         )
+        both = both.to(low.device)
         return -both[0], both[1]
 
     return reduce

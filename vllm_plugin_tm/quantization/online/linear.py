@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear layers that are quantized as their weights arrive."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,7 +103,10 @@ class OnlineLinearMethod(CompressedTensorsLinearMethod):
         weight: Tensor = layer._parameters.pop("weight")
         options = self._config.options
         pieces = pieces_of(weight, unit_rows(options))
-        super().create_weights(layer, *self._arguments, **self._attributes)
+        # An update has another default than loading, and a kernel for int8 learns from it alone
+        # what activations will be.
+        with _default_dtype(weight.dtype):
+            super().create_weights(layer, *self._arguments, **self._attributes)
         row_parallel = self._arguments[0] != self._arguments[2]
         parts = {name: param.data for name, param in layer.named_parameters(recurse=False)}
         scale_dtype = self._config.scale_dtype(weight.dtype)
@@ -138,6 +143,16 @@ class OnlineLinearMethod(CompressedTensorsLinearMethod):
         self.quantization_config = self._config.compressed(size)
         layer.scheme = self.quantization_config.get_scheme(layer=layer, layer_name=self._prefix)
         return None
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def refuse_cut(layer: str, what: str, full: int, part: int, options: Options) -> None:
