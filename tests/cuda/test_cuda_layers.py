@@ -77,6 +77,10 @@ def device(sim: Device | None) -> Iterator[None]:
             yield
         finally:
             apply.remove()
+    # What is left behind would be taken for the CPU's by every test after this one.
+    for name in ("w4a16_linear", "w8a8_pack", "w4a8_moe"):
+        op = getattr(torch.ops.vllm_plugin_tm, name)
+        assert isinstance(op, torch._ops.OpOverloadPacket), name
 
 
 @pytest.fixture
@@ -210,27 +214,28 @@ def test_what_no_cuda_kernel_takes_is_left_to_upstream() -> None:
 
 @pytest.mark.usefixtures("on_cuda")
 def test_a_kernel_that_computes_wrongly_is_left_to_upstream(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The start-up test sees one percent, the log says so once, and no layer is taken."""
-    right = torch.ops.vllm_plugin_tm.w4a16_linear
-    monkeypatch.setattr(
-        torch.ops.vllm_plugin_tm, "w4a16_linear", lambda *arguments: right(*arguments) * 1.01
-    )
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     config = config_of(scalar_types.uint4b8, 64)
-    with caplog.at_level(logging.ERROR):
+    right = torch.ops.vllm_plugin_tm.w4a16_linear
+    # Not the fixture: it would be undone after the simulator's ops are, and put one of them back.
+    with pytest.MonkeyPatch.context() as wrong, caplog.at_level(logging.ERROR):
+        wrong.setattr(
+            torch.ops.vllm_plugin_tm, "w4a16_linear", lambda *arguments: right(*arguments) * 1.01
+        )
+        wrong.setattr(logging.getLogger("vllm"), "propagate", True)
         for _ in range(2):
             ok, reason = TMWNA16LinearKernel.can_implement(config)
             assert not ok
             assert "self-test of w4a16_linear on sm_80 failed" in str(reason)
-    said = {id(r) for r in caplog.records if "left to upstream" in r.getMessage()}
-    assert len(said) == 1
-    with pytest.raises(ValueError, match="self-test"):
-        TMWNA16LinearKernel(config, "weight_packed", "weight_scale")
-    # The other schemes' kernels are trusted as before. vLLM's default dtype is the model's.
-    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.bfloat16)
-    assert TMInt8ScaledMMLinearKernel.is_supported() == (True, None)
+        said = {id(r) for r in caplog.records if "left to upstream" in r.getMessage()}
+        assert len(said) == 1
+        with pytest.raises(ValueError, match="self-test"):
+            TMWNA16LinearKernel(config, "weight_packed", "weight_scale")
+        # The other schemes' kernels are trusted as before. vLLM's default dtype is the model's.
+        wrong.setattr(torch, "get_default_dtype", lambda: torch.bfloat16)
+        assert TMInt8ScaledMMLinearKernel.is_supported() == (True, None)
 
 
 @pytest.mark.usefixtures("on_cuda")
