@@ -68,11 +68,9 @@ def _over_ranks(options: Options) -> Reduce:
     from vllm.distributed import get_tp_group
 
     def reduce(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        both = torch.stack([-low, high]).cpu()
-        torch.distributed.all_reduce(
-            both, torch.distributed.ReduceOp.MAX, group=get_tp_group().cpu_group
-        )
-        both = both.to(low.device)
+        both, ranks = torch.stack([-low, high]), get_tp_group()
+        group = ranks.cpu_group if both.is_cpu else ranks.device_group
+        torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group=group)
         return -both[0], both[1]
 
     return reduce
