@@ -16,8 +16,8 @@ struct RegisterTile {
 inline constexpr int64_t kMostTileRows = 8;
 
 /// Dwords of K between two times that one of many row tiles fetches ahead: the fewer lines at a time, the less the dots
-/// wait for room in the queue of misses. On Zen 5 16 dwords gained 2 to 4 % less at 64 rows than 4.
-inline constexpr int64_t kEvery = 4;
+/// wait for room in the queue of misses.
+inline constexpr int64_t kAheadDwords = 4;
 
 /// What one dot multiplies: a bf16 pair, an fp32, four bytes or two 16-bit integers. Any address, as x
 /// may be read in place.

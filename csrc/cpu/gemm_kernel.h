@@ -27,6 +27,7 @@
 #include "interleave.h"
 #include "panel_kernel.h"
 #include "parts_kernel.h"
+#include "shares.h"
 
 namespace turbo::cpu {
 namespace {
@@ -108,7 +109,7 @@ struct Kernel {
     void next() { units += R * kUnits; }
   };
 
-  /// What one of many row tiles fetches, a few lines every kEvery dwords: the first one its own weights, a little further
+  /// What one of many row tiles fetches, a few lines every kAheadDwords dwords: the first one its own weights, a little further
   /// on; the others, each a part, those of the next channels, which then come from the second-level cache when their turn
   /// is, instead of from memory while no dot is computed.
   struct Ahead {
@@ -119,7 +120,7 @@ struct Kernel {
     /// at `next`, `step` from dword to dword.
     Ahead(int64_t index, int64_t count, int64_t groups, int64_t length, const uint32_t* own, const uint32_t* next,
           int64_t step)
-        : at(own + kPrefetch), dwords(length < kEvery ? length : kEvery) {
+        : at(own + kPrefetch), dwords(length < kAheadDwords ? length : kAheadDwords) {
       if (index == 0) return;
       const int64_t times = groups * ceil_div(length, dwords);
       if (count > 1) dwords = ceil_div(dwords, count - 1);
@@ -173,7 +174,7 @@ struct Kernel {
       Acc acc[V][R];
       I::start(acc, px, row * l.groups + g, l.groups, s.zero);
       for (int64_t i = 0, stop; i < steps; i = stop) {
-        stop = X<R>::kMany && steps - i > kEvery ? i + kEvery : steps;
+        stop = X<R>::kMany && steps - i > kAheadDwords ? i + kAheadDwords : steps;
         if constexpr (X<R>::kMany) ahead.template fetch<T>(s.weight_step);
         for (; i < stop; ++i, x.next(), s.weight += s.weight_step) {
           Raw raw[V];
@@ -198,36 +199,17 @@ struct Kernel {
         finish(a, px, row + r, tile * kTileN + v * I::kLanes, total[v][r]);
   }
 
-  template <template <int> class X, int T, int R>
-  static void with_rows(int64_t rows, const Gemm& a, const PreparedX& x, int64_t tile, int64_t row, int64_t index) {
-    if constexpr (R > 1) {
-      if (rows < R) return with_rows<X, T, R - 1>(rows, a, x, tile, row, index);
-    }
-    register_tile<X, T, R>(a, x, tile, row, index);
-  }
-
-  template <template <int> class X, int T, int R>
-  static void with_tiles(int64_t tiles, int64_t rows, const Gemm& a, const PreparedX& x,
-                         int64_t tile, int64_t row, int64_t index) {
-    if constexpr (T > 1) {
-      if (tiles < T) return with_tiles<X, T - 1, R>(tiles, rows, a, x, tile, row, index);
-    }
-    with_rows<X, T, R>(rows, a, x, tile, row, index);
-  }
-
   /// Channel tiles outside, so that a register tile's weights stay near for all its row tiles.
   template <template <int> class X, class Shape>
   static void run_shape(const Gemm& a, const PreparedX& x, const Share& share) {
-    for (int64_t tile = share.tiles.begin; tile < share.tiles.end;) {
-      const int64_t block_end = (tile / kBlockTiles + 1) * kBlockTiles;
-      int64_t tiles = (block_end < share.tiles.end ? block_end : share.tiles.end) - tile;
-      if (tiles > Shape::kTiles) tiles = Shape::kTiles;
+    each_run_of_tiles(share.tiles, Shape::kTiles, [&](int64_t tile, int64_t tiles) {
       for (int64_t i = share.row_tiles.begin; i < share.row_tiles.end; ++i) {
         const Range r = part(x.rows, x.row_tiles, i);
-        with_tiles<X, Shape::kTiles, Shape::kRows>(tiles, r.end - r.begin, a, x, tile, r.begin, i);
+        with_shape<Shape::kTiles, Shape::kRows>(tiles, r.end - r.begin, [&]<int T, int Rows>() {
+          register_tile<X, T, Rows>(a, x, tile, r.begin, i);
+        });
       }
-      tile += tiles;
-    }
+    });
   }
 
   static void run(const Gemm& a, const PreparedX& x, const Share& share) {

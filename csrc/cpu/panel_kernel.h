@@ -9,7 +9,7 @@
 // decodes in registers: the same sums in the same order.
 #pragma once
 
-#include "gemm_isa.h"
+#include "shares.h"
 
 namespace turbo::cpu {
 namespace {
@@ -25,7 +25,6 @@ struct PanelKernel {
   using Stream = typename K::Stream;
   static constexpr int kLanes = I::kLanes, kTileVecs = kTileN / kLanes;
   static constexpr int kTiles = I::Many::kTiles, kWidth = kTiles * kTileN;
-  static constexpr int64_t kRows = kRowChunk;        // whose sums and totals wait in memory
   static constexpr int64_t kSteps = 128 / I::kDots;  // most dwords of a panel: 16 KiB
 
   template <int J>
@@ -98,17 +97,6 @@ struct PanelKernel {
       }
   }
 
-  template <int T, int R>
-  static auto find(int64_t tiles, int64_t rows) {
-    if constexpr (T > 1) {
-      if (tiles < T) return find<T - 1, R>(tiles, rows);
-    }
-    if constexpr (R > 1) {
-      if (rows < R) return find<T, R - 1>(tiles, rows);
-    }
-    return &run_tile<T * kTileVecs, R>;
-  }
-
   /// `count` row tiles with `tiles` channel tiles from `tile`.
   static void run_slab(const Gemm& a, const PreparedX& x, int64_t tile, int64_t tiles, const RowTile* row_tiles,
                        int64_t count, float* memory) {
@@ -134,28 +122,21 @@ struct PanelKernel {
     }
   }
 
-  /// Row tiles are taken kRows rows at a time.
   static void run(const Gemm& a, const PreparedX& x, const Share& share) {
-    alignas(64) float panel[kSteps * I::kDots * kWidth], sums[kRows * kWidth], totals[kRows * kWidth];
-    RowTile row_tiles[kRows];
-    for (int64_t first = share.row_tiles.begin, last; first < share.row_tiles.end; first = last) {
-      const int64_t top = part(x.rows, x.row_tiles, first).begin;
-      for (last = first; last < share.row_tiles.end; ++last)
-        if (part(x.rows, x.row_tiles, last).end - top > kRows) break;
-      for (int64_t tile = share.tiles.begin; tile < share.tiles.end;) {
-        const int64_t block_end = (tile / kBlockTiles + 1) * kBlockTiles;
-        int64_t tiles = (block_end < share.tiles.end ? block_end : share.tiles.end) - tile;
-        if (tiles > kTiles) tiles = kTiles;
-        for (int64_t i = first; i < last; ++i) {
+    alignas(64) float panel[kSteps * I::kDots * kWidth], sums[kRowChunk * kWidth], totals[kRowChunk * kWidth];
+    RowTile row_tiles[kRowChunk];
+    each_row_chunk(x, share.row_tiles, [&](const Range& chunk, int64_t top) {
+      each_run_of_tiles(share.tiles, kTiles, [&](int64_t tile, int64_t tiles) {
+        for (int64_t i = chunk.begin; i < chunk.end; ++i) {
           const Range rows = part(x.rows, x.row_tiles, i);
           const int64_t at = (rows.begin - top) * kWidth;
-          row_tiles[i - first] = {rows.begin, sums + at, totals + at,
-                                  find<kTiles, I::Many::kRows>(tiles, rows.end - rows.begin)};
+          const auto run = with_shape<kTiles, I::Many::kRows>(
+              tiles, rows.end - rows.begin, []<int T, int R>() { return &run_tile<T * kTileVecs, R>; });
+          row_tiles[i - chunk.begin] = {rows.begin, sums + at, totals + at, run};
         }
-        run_slab(a, x, tile, tiles, row_tiles, last - first, panel);
-        tile += tiles;
-      }
-    }
+        run_slab(a, x, tile, tiles, row_tiles, chunk.end - chunk.begin, panel);
+      });
+    });
   }
 };
 

@@ -7,7 +7,7 @@
 // have the same sum in any order.
 #pragma once
 
-#include "gemm_isa.h"
+#include "shares.h"
 
 namespace turbo::cpu {
 namespace {
@@ -50,7 +50,7 @@ struct PartsKernel {
         for (int r = 0; r < R; ++r) acc[v][r] = kept[v * R + r];
     }
     for (int64_t i = part.begin, stop; i < part.end; i = stop) {
-      stop = part.end - i > kEvery ? i + kEvery : part.end;
+      stop = part.end - i > kAheadDwords ? i + kAheadDwords : part.end;
       ahead.template fetch<T>(s.weight_step);
       for (; i < stop; ++i, x.next(), weight += s.weight_step) {
         Raw raw[V];
@@ -78,43 +78,21 @@ struct PartsKernel {
       for (int r = 0; r < R; ++r) K::finish(a, px, row + r, tile * kTileN + v * I::kLanes, total[v][r]);
   }
 
-  template <int T, int R>
-  static auto find(int64_t tiles, int64_t rows) {
-    if constexpr (T > 1) {
-      if (tiles < T) return find<T - 1, R>(tiles, rows);
-    }
-    if constexpr (R > 1) {
-      if (rows < R) return find<T, R - 1>(tiles, rows);
-    }
-    return &run_tile<T, R>;
-  }
-
-  /// Row tiles are taken kRowChunk rows at a time.
   static void run(const Gemm& a, const PreparedX& x, const Share& share) {
-    for (int64_t first = share.row_tiles.begin, last; first < share.row_tiles.end; first = last) {
-      const int64_t top = part(x.rows, x.row_tiles, first).begin;
-      for (last = first; last < share.row_tiles.end; ++last)
-        if (part(x.rows, x.row_tiles, last).end - top > kRowChunk) break;
-      run_chunk(a, x, {share.tiles, {first, last}});
-    }
-  }
-
-  static void run_chunk(const Gemm& a, const PreparedX& x, const Share& share) {
     alignas(64) Acc sums[kRowChunk * kWidth / I::kLanes];
-    const int64_t top = part(x.rows, x.row_tiles, share.row_tiles.begin).begin, count = parts_of(a.layout);
-    for (int64_t tile = share.tiles.begin; tile < share.tiles.end;) {
-      const int64_t block_end = (tile / kBlockTiles + 1) * kBlockTiles;
-      int64_t tiles = (block_end < share.tiles.end ? block_end : share.tiles.end) - tile;
-      if (tiles > kTiles) tiles = kTiles;
-      for (int64_t p = 0; p < count; ++p)
-        for (int64_t i = share.row_tiles.begin; i < share.row_tiles.end; ++i) {
-          const Range rows = part(x.rows, x.row_tiles, i);
-          find<kTiles, I::Many::kRows>(tiles, rows.end - rows.begin)(
-              a, x, tile, i, rows.begin, part(a.layout.dwords(), count, p),
-              sums + (rows.begin - top) * (kWidth / I::kLanes));
-        }
-      tile += tiles;
-    }
+    const int64_t count = parts_of(a.layout);
+    each_row_chunk(x, share.row_tiles, [&](const Range& row_tiles, int64_t top) {
+      each_run_of_tiles(share.tiles, kTiles, [&](int64_t tile, int64_t tiles) {
+        for (int64_t p = 0; p < count; ++p)
+          for (int64_t i = row_tiles.begin; i < row_tiles.end; ++i) {
+            const Range rows = part(x.rows, x.row_tiles, i), steps = part(a.layout.dwords(), count, p);
+            Acc* const kept = sums + (rows.begin - top) * (kWidth / I::kLanes);
+            with_shape<kTiles, I::Many::kRows>(tiles, rows.end - rows.begin, [&]<int T, int R>() {
+              run_tile<T, R>(a, x, tile, i, rows.begin, steps, kept);
+            });
+          }
+      });
+    });
   }
 };
 
