@@ -55,22 +55,16 @@ struct LoaderShare {
 };
 
 /// Rows of experts: row r of the product is row sorted[r] / top_k of x, or row r itself where sorted is nullptr.
-struct RoutedRows16 {
-  Rows16 rows;
+template <class Rows>
+struct Routed {
+  Rows rows;
   const int32_t* sorted;
   int top_k;
 
   TM_DEVICE int source(int row) const { return sorted ? load_global(sorted + row) / top_k : row; }
 };
-
-/// The same of codes.
-struct RoutedCodes8 {
-  Codes8 rows;
-  const int32_t* sorted;
-  int top_k;
-
-  TM_DEVICE int source(int row) const { return sorted ? load_global(sorted + row) / top_k : row; }
-};
+using RoutedRows16 = Routed<Rows16>;
+using RoutedCodes8 = Routed<Codes8>;
 
 /// A thread's part in bringing slabs of a block's rows to shared memory; zeros where they end.
 template <class Tile, class Source>

@@ -187,15 +187,10 @@ struct A8Experts : A8<Bits> {
 
   template <class Tile>
   TM_DEVICE static void finish(const Params& p, const TileRows& tile, int first_channel, const Place<Tile>& place,
-                               Accumulators<Tile, float>& total) {
+                               const Accumulators<Tile, float>& sums) {
     const typename Base::template RowValues<Tile> rows(p.x, p.finish.a8, tile, place);
-    TM_UNROLL
-    for (int s = 0; s < Tile::kSlabs; ++s)
-      TM_UNROLL
-      for (int c = 0; c < Tile::kColumns; ++c)
-        TM_UNROLL
-        for (int i = 0; i < 4; ++i) total[s][c][i] = cuda::multiply(total[s][c][i], rows.scale[c][i % 2]);
-    end(p, tile, first_channel, place, total);
+    end(p, tile, first_channel, place,
+        [&](int s, int c, int i) { return cuda::multiply(sums[s][c][i], rows.scale[c][i % 2]); });
   }
 
   template <class Tile>
@@ -203,20 +198,21 @@ struct A8Experts : A8<Bits> {
                                const Accumulators<Tile, int32_t>& sums) {
     const typename Base::template RowValues<Tile> rows(p.x, p.finish.a8, tile, place);
     const typename Base::template ChannelValues<Tile> channels(p.finish.a8, p.blocks, tile.expert, first_channel, place);
+    end(p, tile, first_channel, place,
+        [&](int s, int c, int i) { return Base::template value<Tile>(sums[s][c][i], rows, channels, s, c, i); });
+  }
+
+  /// value(s, c, i): what the thread has for register i of slab s and column c.
+  template <class Tile, class Value>
+  TM_DEVICE static void end(const Params& p, const TileRows& rows, int first_channel, const Place<Tile>& place,
+                            const Value& value) {
     Accumulators<Tile, float> total;
     TM_UNROLL
     for (int s = 0; s < Tile::kSlabs; ++s)
       TM_UNROLL
       for (int c = 0; c < Tile::kColumns; ++c)
         TM_UNROLL
-        for (int i = 0; i < 4; ++i)
-          total[s][c][i] = Base::template value<Tile>(sums[s][c][i], rows, channels, s, c, i);
-    end(p, tile, first_channel, place, total);
-  }
-
-  template <class Tile>
-  TM_DEVICE static void end(const Params& p, const TileRows& rows, int first_channel, const Place<Tile>& place,
-                            Accumulators<Tile, float>& total) {
+        for (int i = 0; i < 4; ++i) total[s][c][i] = value(s, c, i);
     const ExpertsEnd<Tile> end(p.finish.experts, p.blocks * kBlockChannels, p.y.n, rows, first_channel, place);
     end.run(total, p.finish.h);
   }
