@@ -3,6 +3,7 @@
 instructions that are meant. Needs no GPU."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 ARCHITECTURE = "sm_80"  # the oldest, and so the one with the fewest instructions
 
@@ -102,3 +104,27 @@ def test_kernels_use_the_instructions_that_are_meant(
             assert re.search(instruction, text), f"no {instruction} in {name}"
         for local in ("LDL", "STL"):
             assert not re.search(rf"\b{local}\b", text), f"{local} in {name}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["cuda_linear", "cuda_moe", "cuda_pack"])
+def test_bindings_compile(repository: Path, source: str) -> None:
+    """Against this torch's headers, which need no CUDA; nothing is built."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not installed: the CUDA toolkit has it")
+    headers = Path(torch.__file__).parent / "include"
+    flags = [
+        "-std=c++20",
+        "-x",
+        "c++",
+        "-isystem",
+        str(headers),
+        "-DTORCH_TARGET_VERSION=0x020d000000000000ULL",
+    ]
+    flags += ["-Xcompiler", "-Wall,-Wextra,-Werror,-fsyntax-only", "-o", os.devnull]
+    path = repository / "csrc" / "torch" / f"{source}.cpp"
+    run = subprocess.run(
+        [nvcc, *flags, "-c", str(path)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
