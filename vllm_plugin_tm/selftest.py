@@ -72,7 +72,7 @@ def require(scheme: str) -> None:
         )
 
 
-def mistrust(scheme: str) -> str | None:
+def gpu_failure(scheme: str) -> str | None:
     """Why a GPU's kernel of `scheme` is not to be used: it failed its test, which is logged once,
     and upstream has kernels for its layers. None where it passed, and on CPUs, where `require` is
     the one to speak: there upstream may have nothing."""

@@ -58,39 +58,24 @@ class Ops:
         )
         return packed.weight.view(shapes[0]), packed.scale.view(shapes[1]), zero
 
-    def w4a16_linear(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        zero_point: Tensor | None,
-        bias: Tensor | None,
-        n: int,
-        group_size: int,
-    ) -> Tensor:
-        """y [..., n]."""
-        packed = Packed(self._layout(x, n, group_size, 4), weight, scale, zero_point)
-        return self._rows(
-            x, packed, lambda rows, plan: self.sim.w4a16_linear(rows, packed, bias, plan)
-        )
+    def four_bits(self, launch: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The op w4a16_linear or w4a8_linear, by the device's launch of it: y [..., n]."""
 
-    def w4a8_linear(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        zero_point: Tensor | None,
-        bias: Tensor | None,
-        n: int,
-        group_size: int,
-        x_groups: bool = False,
-    ) -> Tensor:
-        """y [..., n]."""
-        assert not x_groups, "no CUDA kernel rounds by groups"
-        packed = Packed(self._layout(x, n, group_size, 4), weight, scale, zero_point)
-        return self._rows(
-            x, packed, lambda rows, plan: self.sim.a8_linear(rows, packed, bias, plan)
-        )
+        def run(
+            x: Tensor,
+            weight: Tensor,
+            scale: Tensor,
+            zero_point: Tensor | None,
+            bias: Tensor | None,
+            n: int,
+            group_size: int,
+            x_groups: bool = False,
+        ) -> Tensor:
+            assert not x_groups, "no CUDA kernel rounds by groups"
+            packed = Packed(self._layout(x, n, group_size, 4), weight, scale, zero_point)
+            return self._rows(x, packed, lambda rows, plan: launch(rows, packed, bias, plan))
+
+        return run
 
     def w8a8_linear(
         self,
@@ -167,8 +152,10 @@ def use_simulator(monkeypatch: pytest.MonkeyPatch, sim: Device) -> Ops:
     for module in (selftest, selftest_moe):
         monkeypatch.setattr(module, "there", lambda tensor: tensor)
     monkeypatch.setattr(selftest, "_results", {})
-    names = ("w4a16_pack", "w8a8_pack", "w4a16_linear", "w4a8_linear", "w8a8_linear")
+    names = ("w4a16_pack", "w8a8_pack", "w8a8_linear")
     replaced: dict[str, Any] = {name: getattr(made, name) for name in names}
+    replaced["w4a16_linear"] = made.four_bits(sim.w4a16_linear)
+    replaced["w4a8_linear"] = made.four_bits(sim.a8_linear)
     replaced |= {f"{scheme}_moe": made.moe(scheme) for scheme in ("w4a16", "w4a8", "w8a8")}
     for name, op in replaced.items():
         monkeypatch.setattr(torch.ops.vllm_plugin_tm, name, op)

@@ -98,6 +98,15 @@ class Served:
         for name, tensor in fresh.items():
             assert name.endswith("weight_shape") or same(mine[name], tensor), name
 
+    def assert_there_and_back(self):
+        """Updates equal a fresh load, once by each way; tensors stay where they are."""
+        first = self.state()
+        self.update("session", self.checkpoint(1))
+        self.assert_loaded_from(self.folder / "1")
+        assert {k: v[0] for k, v in self.state().items()} == {k: v[0] for k, v in first.items()}
+        self.update("reload", self.folder / "0")
+        self.assert_is(first)
+
 
 def worker(config, model, engine):
     """An instance of the device's live worker class that has a model and nothing else."""

@@ -403,6 +403,8 @@ CONTRACTS: Mapping[str, str] = {
     f"{_SCHEMES}.compressed_tensors_w4a8_int:CompressedTensorsW4A8Int": (
         "(strategy, num_bits, group_size=None, is_static_input_scheme=False, input_symmetric=True)"
     ),
+    # What a configuration says of each part of a fused layer.
+    f"{_QUANTIZATION}.base_config:QuantizationConfig.get_quant_method": "(self, layer, prefix)",
     "vllm.envs:environment_variables": "dict",
     "vllm.plugins:load_general_plugins": "()",
     "vllm.model_executor.utils:replace_parameter": (

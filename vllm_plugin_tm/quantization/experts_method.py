@@ -116,7 +116,7 @@ class TMExpertsMethod:
 def _refusal(wanted: MoeRequest, here: Machine) -> str | None:
     """Why a layer cannot be ours, or None."""
     reason = check_moe(wanted, here, envs.schemes()).reason
-    return reason or selftest.mistrust(f"{wanted.scheme}_moe")
+    return reason or selftest.gpu_failure(f"{wanted.scheme}_moe")
 
 
 def activation_of(moe: Any) -> Activation:

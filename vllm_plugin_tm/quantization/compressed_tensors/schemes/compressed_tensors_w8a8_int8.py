@@ -35,7 +35,7 @@ class TMInt8ScaledMMLinearKernel(TMLinearKernel, Int8ScaledMMLinearKernel):
         a model."""
         dtype = str(torch.get_default_dtype()).removeprefix("torch.")
         verdict = check_machine("w8a8", "int8", machine.detect(), envs.schemes(), act_dtype=dtype)
-        problem = selftest.mistrust("w8a8") if verdict.ok else verdict.reason
+        problem = selftest.gpu_failure("w8a8") if verdict.ok else verdict.reason
         return problem is None, problem
 
     @classmethod

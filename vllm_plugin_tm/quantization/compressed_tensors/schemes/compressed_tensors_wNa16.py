@@ -57,7 +57,7 @@ class TMWNA16LinearKernel(TMLinearKernel, MPLinearKernel):
                 f"supported are {cls.weight_types}",
             )
         verdict = check(request, machine.detect(), envs.schemes())
-        problem = selftest.mistrust(str(scheme_of(request.weight_type))) if verdict.ok else None
+        problem = selftest.gpu_failure(str(scheme_of(request.weight_type))) if verdict.ok else None
         return Verdict(False, problem) if problem else verdict
 
     def __init__(
