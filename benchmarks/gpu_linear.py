@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The linear CUDA kernels against torch's bf16 product and the memory's bandwidth, measured in one
-run on the first GPU: `python -m benchmarks.gpu_linear --json FILE`, after `make cuda`.
+run on the first GPU: `python -m benchmarks.gpu_linear --json FILE`, after `make cuda`. Where it has
+wgmma, the tiles with mma.sync, which such a GPU is not sent to, are measured beside it, and whether
+both give the same bits.
 
 Needs torch and no vLLM. Weights are random bits in the kernel layout, in as many copies as do not
 fit the GPU's cache; launches are captured into a graph, so that the host's time does not count.
@@ -48,11 +50,12 @@ class Bench:
         dtype = torch.float32 if op == "w8a8" else torch.bfloat16
         self.scale = torch.full((padded * groups,), 2.0**-10, dtype=dtype).cuda()
 
-    def launcher(self, x: Tensor, y: Tensor) -> Callable[[int], None]:
-        """A function that launches the product with the i-th copy on torch's current stream."""
+    def launcher(self, x: Tensor, y: Tensor, wgmma: bool) -> Callable[[int], None]:
+        """A function that launches the product with the i-th copy on torch's current stream, on
+        tiles of one family."""
         device, rows, k = self.device, x.shape[0], x.shape[1]
         processors = torch.cuda.get_device_properties(0).multi_processor_count
-        plan = device.plan(self.layout, rows, processors)
+        plan = device.plan(self.layout, rows, processors, wgmma)
         sizes = (ctypes.byref(plan), ctypes.byref(self.layout), rows)
         library = device.library
         sums = torch.empty(library.tm_cuda_sums_bytes(*sizes), dtype=torch.uint8).cuda()
@@ -144,10 +147,18 @@ def main() -> int:
             row: dict[str, Any] = {"n": n, "k": k, "m": m}
             row["torch_bf16_us"] = 1e6 * seconds(torch_launcher(x, n))
             for bench in benches:
-                time = seconds(bench.launcher(x, y))
+                launch = bench.launcher(x, y, device.wgmma)
+                time = seconds(launch)
                 row[f"{bench.op}_us"] = 1e6 * time
                 row[f"{bench.op}_of_bandwidth"] = bench.bytes / time / rate
                 row[f"{bench.op}_tflops"] = 2e-12 * m * n * k / time
+                if device.wgmma:
+                    launch(0)
+                    bits = y.clone()
+                    other = bench.launcher(x, y, wgmma=False)
+                    row[f"{bench.op}_mma_us"] = 1e6 * seconds(other)
+                    other(0)
+                    row[f"{bench.op}_mma_same_bits"] = torch.equal(y, bits)
             rows.append(row)
             print(json.dumps(row), flush=True)
     if args.json:

@@ -59,6 +59,10 @@ struct A8 {
   TM_DEVICE static void multiply(int32_t (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     mma_m16n8k32(sum, a, b);
   }
+  template <int Columns>
+  TM_DEVICE static void multiply(int32_t (&sums)[Columns][4], const uint32_t (&a)[4], uint64_t b) {
+    wgmma(S8{}, sums, a, b);
+  }
   TM_DEVICE static TileRows rows(const GemmParams<A8>& p, int tile, int tile_rows) {
     return plain_rows(p.rows, tile, tile_rows);
   }

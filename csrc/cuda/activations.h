@@ -66,7 +66,8 @@ struct Routed {
 using RoutedRows16 = Routed<Rows16>;
 using RoutedCodes8 = Routed<Codes8>;
 
-/// A thread's part in bringing slabs of a block's rows to shared memory; zeros where they end.
+/// A thread's part in bringing slabs of a block's rows to shared memory; zeros where they end. load(slab, to) starts to
+/// bring a slab, arrive(barrier) arrives at a barrier when all that was started has come.
 template <class Tile, class Source>
 class ActivationLoader;
 
@@ -102,6 +103,14 @@ class Loader16 : protected LoaderShare<Tile, 128> {
     }
   }
 
+  /// What was stored element by element has come.
+  TM_DEVICE void arrive_at(uint32_t barrier) const {
+    if (in_.vectors)
+      barrier_arrive_copies(barrier);
+    else
+      barrier_arrive(barrier);
+  }
+
   TM_DEVICE bool is_row(int j) const { return row_ + j * Share::kStepRows < end_; }
   TM_DEVICE uint32_t place(int j) const { return place_ + static_cast<uint32_t>(j * Share::kStepRows * 128); }
 
@@ -118,12 +127,12 @@ class ActivationLoader<Tile, Rows16> : Loader16<Tile> {
   TM_DEVICE ActivationLoader(const Rows16& in, const TileRows& rows, int thread)
       : Base(in, rows, thread), from_(in.x + Base::row_ * in.stride + Base::k_) {}
 
-  /// Starts to bring slab `slab` to the tile at `to`.
   TM_DEVICE void load(int slab, uint32_t to) const {
     const auto row = [&](int j) { return from_ + j * Base::Share::kStepRows * Base::in_.stride; };
     if (!Base::in_.vectors) return Base::gather(slab, to, row);
     Base::bring(slab, to, row);
   }
+  TM_DEVICE void arrive(uint32_t barrier) const { Base::arrive_at(barrier); }
 
  private:
   const uint16_t* from_;
@@ -146,6 +155,7 @@ class ActivationLoader<Tile, RoutedRows16> : Loader16<Tile> {
     if (!Base::in_.vectors) return Base::gather(slab, to, [&](int j) { return from(routed_.source(number(j))); });
     Base::bring(slab, to, [&](int j) { return from(source_[j]); });
   }
+  TM_DEVICE void arrive(uint32_t barrier) const { Base::arrive_at(barrier); }
 
  private:
   static constexpr int kRows = (Base::Share::kChunks + Tile::kThreads - 1) / Tile::kThreads;
@@ -174,6 +184,7 @@ class ActivationLoader<Tile, Codes8> : LoaderShare<Tile, 64> {
                   inside ? kChunkBytes : 0);
     });
   }
+  TM_DEVICE void arrive(uint32_t barrier) const { barrier_arrive_copies(barrier); }
 
  private:
   const Codes8& in_;
@@ -201,6 +212,7 @@ class ActivationLoader<Tile, RoutedCodes8> : LoaderShare<Tile, 64> {
                   is_row(j) ? kChunkBytes : 0);
     });
   }
+  TM_DEVICE void arrive(uint32_t barrier) const { barrier_arrive_copies(barrier); }
 
  private:
   static constexpr int kRows = (Share::kChunks + Tile::kThreads - 1) / Tile::kThreads;

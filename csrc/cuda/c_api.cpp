@@ -67,10 +67,16 @@ int tm_cuda_pack_weights(const tm_cuda_pack* args, char* error, size_t error_byt
 }
 
 int tm_cuda_tile_count() { return cuda::tile_count(); }
+void tm_cuda_tiles_of(int wgmma, int* first, int* count) {
+  const cuda::TileRange tiles = cuda::tiles_of(wgmma);
+  *first = tiles.first;
+  *count = tiles.count;
+}
 int tm_cuda_tile_rows(int tile) { return cuda::tile_rows(tile); }
 
-void tm_cuda_plan_linear(const cuda::Layout* layout, int64_t rows, int multiprocessors, cuda::LinearPlan* plan) {
-  *plan = cuda::plan_linear(*layout, rows, multiprocessors);
+void tm_cuda_plan_linear(const cuda::Layout* layout, int64_t rows, int multiprocessors, int wgmma,
+                         cuda::LinearPlan* plan) {
+  *plan = cuda::plan_linear(*layout, rows, {multiprocessors, wgmma != 0});
 }
 int64_t tm_cuda_sums_bytes(const cuda::LinearPlan* plan, const cuda::Layout* layout, int64_t rows) {
   return cuda::sums_bytes(*plan, *layout, rows);
@@ -93,8 +99,8 @@ int tm_cuda_a8_linear(const cuda::LinearA8* args, const cuda::LinearPlan* plan, 
   return report(cuda::a8_linear(*args, *plan, stream), error, error_bytes);
 }
 
-int tm_cuda_plan_moe_tile(int64_t tokens, int64_t top_k, int64_t experts) {
-  return cuda::plan_moe_tile(tokens, top_k, experts);
+int tm_cuda_plan_moe_tile(int64_t tokens, int64_t top_k, int64_t experts, int wgmma) {
+  return cuda::plan_moe_tile(tokens, top_k, experts, wgmma);
 }
 int64_t tm_cuda_moe_bytes(const cuda::Moe* args, int tile) { return cuda::moe_bytes(*args, tile); }
 int tm_cuda_moe(const cuda::Moe* args, int tile, void* stream, char* error, size_t error_bytes) {

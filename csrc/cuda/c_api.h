@@ -38,9 +38,11 @@ TM_EXPORT int tm_cuda_pack_sizes(const turbo::cuda::Layout* layout, int64_t* wei
 TM_EXPORT int tm_cuda_pack_weights(const tm_cuda_pack* args, char* error, size_t error_bytes);
 
 TM_EXPORT int tm_cuda_tile_count();
+/// The first tile of a device with or without wgmma, and how many it has.
+TM_EXPORT void tm_cuda_tiles_of(int wgmma, int* first, int* count);
 TM_EXPORT int tm_cuda_tile_rows(int tile);
 TM_EXPORT void tm_cuda_plan_linear(const turbo::cuda::Layout* layout, int64_t rows, int multiprocessors,
-                                   turbo::cuda::LinearPlan* plan);
+                                   int wgmma, turbo::cuda::LinearPlan* plan);
 TM_EXPORT int64_t tm_cuda_sums_bytes(const turbo::cuda::LinearPlan* plan, const turbo::cuda::Layout* layout,
                                      int64_t rows);
 TM_EXPORT int64_t tm_cuda_arrived_words(const turbo::cuda::LinearPlan* plan, const turbo::cuda::Layout* layout,
@@ -52,7 +54,7 @@ TM_EXPORT int64_t tm_cuda_code_bytes(int64_t rows, int64_t k);
 TM_EXPORT int tm_cuda_quantize_x(const turbo::cuda::QuantizeX* args, void* stream, char* error, size_t error_bytes);
 TM_EXPORT int tm_cuda_a8_linear(const turbo::cuda::LinearA8* args, const turbo::cuda::LinearPlan* plan, void* stream,
                                 char* error, size_t error_bytes);
-TM_EXPORT int tm_cuda_plan_moe_tile(int64_t tokens, int64_t top_k, int64_t experts);
+TM_EXPORT int tm_cuda_plan_moe_tile(int64_t tokens, int64_t top_k, int64_t experts, int wgmma);
 TM_EXPORT int64_t tm_cuda_moe_bytes(const turbo::cuda::Moe* args, int tile);
 TM_EXPORT int tm_cuda_moe(const turbo::cuda::Moe* args, int tile, void* stream, char* error, size_t error_bytes);
 

@@ -48,7 +48,7 @@ TM_DEVICE void store_global(T* at, T value) {
 TM_DEVICE uint32_t atomic_add(uint32_t* at, uint32_t value) { return atomicAdd(at, value); }
 
 TM_DEVICE uint32_t shared_base() {
-  extern __shared__ __align__(128) unsigned char turbo_shared[];
+  extern __shared__ __align__(1024) unsigned char turbo_shared[];
   return static_cast<uint32_t>(__cvta_generic_to_shared(turbo_shared));
 }
 TM_DEVICE uint32_t load_shared_32(uint32_t address) {

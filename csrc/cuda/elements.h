@@ -6,9 +6,11 @@
 
 namespace turbo::cuda {
 
-/// Names of the 16-bit floats, to choose functions by.
+/// Names of element types, to choose functions by.
 struct F16 {};
 struct BF16 {};
+/// Signed bytes.
+struct S8 {};
 
 /// One of the two, known at run time: where a kernel for each would be too many.
 struct Half16 {

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Starting a kernel in both worlds. A kernel K is a struct: Params (trivially copyable), kThreads, kMinBlocks (blocks
-// that a multiprocessor shall hold), kSharedBytes, name(), and run(params), which every thread calls.
+// that a multiprocessor shall hold), kSharedBytes, name(), and run(params), which every thread calls; kNeedsSm90a if it
+// uses what only sm_90a has: elsewhere it is a trap.
 #pragma once
 
 #include <string>
+#include <type_traits>
 
 #include "device.h"
 
@@ -20,9 +22,17 @@ using Error = std::string;
 
 using Stream = cudaStream_t;
 
+template <class K, class = void>
+struct NeedsSm90a : std::false_type {};
+template <class K>
+struct NeedsSm90a<K, std::void_t<decltype(K::kNeedsSm90a)>> : std::bool_constant<K::kNeedsSm90a> {};
+
 template <class K>
 __global__ void __launch_bounds__(K::kThreads, K::kMinBlocks) kernel(const __grid_constant__ typename K::Params params) {
-  K::run(params);
+  if constexpr (NeedsSm90a<K>::value && !kHasWarpgroups)
+    trap();
+  else
+    K::run(params);
 }
 
 template <class K>

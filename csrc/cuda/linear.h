@@ -19,17 +19,33 @@ struct SlicePlan {
 };
 SlicePlan plan_slices(const Layout& layout, int multiprocessors);
 
+/// What plans ask of a device. wgmma: it is of compute capability 9.0, and so runs the tiles of that family and no
+/// others (tiles.h).
+struct DeviceTraits {
+  int multiprocessors;
+  bool wgmma;
+};
+/// Those of a device of compute capability major.minor.
+inline DeviceTraits device_traits(int multiprocessors, int major, int minor) {
+  return {multiprocessors, major == 9 && minor == 0};
+}
+
 /// What a launch takes beside its operands.
 struct LinearPlan {
   int tile;         // index into the registry of tile shapes
   SlicePlan slices;
   bool apart;       // a block for each slice: for few rows
 };
-/// The smallest tile that covers `rows`, else the largest; slices apart where the device has blocks to spare.
-LinearPlan plan_linear(const Layout& layout, int64_t rows, int multiprocessors);
+/// The smallest tile that covers `rows`, else the one whose blocks take the least time by the cost model of plan.cu; slices
+/// apart where the device has blocks to spare.
+LinearPlan plan_linear(const Layout& layout, int64_t rows, const DeviceTraits& device);
 
-/// Tile shapes, smallest first.
+/// Tile shapes, and the ones of a device: `count` from `first` on, smallest first.
+struct TileRange {
+  int first, count;
+};
 int tile_count();
+TileRange tiles_of(bool wgmma);
 int tile_rows(int tile);
 
 /// Bytes of `sums`, and words of `arrived`, that a launch of a plan needs; either may be 0.

@@ -194,9 +194,10 @@ Error combine(const Moe& a, const Pieces& pieces, Stream stream) {
 
 }  // namespace
 
-int plan_moe_tile(int64_t tokens, int64_t top_k, int64_t experts) {
-  int tile = 0;
-  while (tile < tile_count() - 1 && tile_rows(tile) * experts < tokens * top_k) ++tile;
+int plan_moe_tile(int64_t tokens, int64_t top_k, int64_t experts, bool wgmma) {
+  const TileRange tiles = tiles_of(wgmma);
+  int tile = tiles.first;
+  while (tile < tiles.first + tiles.count - 1 && tile_rows(tile) * experts < tokens * top_k) ++tile;
   return tile;
 }
 

@@ -46,8 +46,9 @@ struct Moe {
   void* memory;
 };
 
-/// The smallest tile that covers as many rows as an expert has on average, else the largest. It changes no bit.
-int plan_moe_tile(int64_t tokens, int64_t top_k, int64_t experts);
+/// The smallest tile that covers as many rows as an expert has on average, else the largest, of a device's (linear.h). It
+/// changes no bit.
+int plan_moe_tile(int64_t tokens, int64_t top_k, int64_t experts, bool wgmma);
 int64_t moe_bytes(const Moe& args, int tile);
 /// Starts five kernels on `stream`, seven where there are codes. Does not wait, allocates nothing, and can be captured into a graph. Empty, or why
 /// it did not start.

@@ -14,6 +14,11 @@ constexpr int64_t kMostSlices = 16;
 // Blocks of the smallest tiles that keep a multiprocessor busy: four warps each.
 constexpr int64_t kBlocksPerMultiprocessor = 2;
 
+// The cost model: rough cycles of a multiprocessor, from data sheets. Only their ratios count, and only between tiles of
+// one device: products of a cycle and bytes that a cycle brings, what a block costs before its first product and after
+// its last, and bytes that each sum of a slice goes to memory and back.
+constexpr int64_t kProducts = 1024, kBytes = 64, kBlockCycles = 1000, kSliceBytes = 8;
+
 struct Shape {
   int channels, rows, threads, vectors;
 };
@@ -31,8 +36,24 @@ const Shape& shape_of(int tile, const Layout& layout) { return kShapes[layout.sm
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t tiles_of(const Shape& shape, const Layout& layout, int64_t rows) {
+int64_t blocks_of(const Shape& shape, const Layout& layout, int64_t rows) {
   return ceil_div(layout.padded_n(), shape.channels) * ceil_div(rows, shape.rows);
+}
+
+bool runs_apart(const Shape& shape, const Layout& layout, int64_t rows, const SlicePlan& slices, int multiprocessors) {
+  return slices.count > 1 && blocks_of(shape, layout, rows) < multiprocessors;
+}
+
+/// Of all products in tiles of one shape.
+int64_t cycles(const Shape& shape, const Layout& layout, int64_t rows, const SlicePlan& slices, int multiprocessors) {
+  const bool apart = runs_apart(shape, layout, rows, slices, multiprocessors);
+  const int64_t blocks = blocks_of(shape, layout, rows) * (apart ? slices.count : 1);
+  const int64_t area = int64_t{shape.channels} * shape.rows;
+  const int64_t multiply = area * kSlabK / kProducts;
+  const int64_t bring = (shape.channels * layout.bits / 8 + shape.rows * 2) * kSlabK / kBytes;
+  const int64_t block = (apart ? slices.slabs : layout.slabs()) * std::max(multiply, bring) + kBlockCycles +
+                        (slices.count > 1 ? area * kSliceBytes / kBytes : 0);
+  return ceil_div(blocks, multiprocessors) * block;
 }
 
 }  // namespace
@@ -47,26 +68,35 @@ SlicePlan plan_slices(const Layout& layout, int multiprocessors) {
   return {static_cast<int>(ceil_div(slabs, length)), static_cast<int>(length)};
 }
 
-LinearPlan plan_linear(const Layout& layout, int64_t rows, int multiprocessors) {
-  LinearPlan plan{0, plan_slices(layout, multiprocessors), false};
-  while (plan.tile < kTileCount - 1 && kShapes[0][plan.tile].rows < rows) ++plan.tile;
-  plan.apart = plan.slices.count > 1 && tiles_of(shape_of(plan.tile, layout), layout, rows) < multiprocessors;
+LinearPlan plan_linear(const Layout& layout, int64_t rows, const DeviceTraits& device) {
+  const TileRange tiles = tiles_of(device.wgmma);
+  const int last = tiles.first + tiles.count - 1;
+  LinearPlan plan{tiles.first, plan_slices(layout, device.multiprocessors), false};
+  while (plan.tile < last && tile_rows(plan.tile) < rows) ++plan.tile;
+  const auto cost = [&](int tile) {
+    return cycles(shape_of(tile, layout), layout, rows, plan.slices, device.multiprocessors);
+  };
+  if (tile_rows(plan.tile) < rows)
+    for (int tile = last - 1; tile >= tiles.first; --tile)
+      if (cost(tile) < cost(plan.tile)) plan.tile = tile;
+  plan.apart = runs_apart(shape_of(plan.tile, layout), layout, rows, plan.slices, device.multiprocessors);
   return plan;
 }
 
 int64_t code_bytes(int64_t rows, int64_t k) { return rows * Layout{1, k, 1}.slabs() * kSlabK; }
 
 int tile_count() { return kTileCount; }
+TileRange tiles_of(bool wgmma) { return wgmma ? TileRange{kMmaTiles, kTileCount - kMmaTiles} : TileRange{0, kMmaTiles}; }
 int tile_rows(int tile) { return kShapes[0][tile].rows; }
 
 int64_t sums_bytes(const LinearPlan& plan, const Layout& layout, int64_t rows) {
   if (plan.slices.count == 1) return 0;
   const Shape& shape = shape_of(plan.tile, layout);
-  return tiles_of(shape, layout, rows) * (plan.apart ? plan.slices.count : 1) * shape.vectors * shape.threads * 16;
+  return blocks_of(shape, layout, rows) * (plan.apart ? plan.slices.count : 1) * shape.vectors * shape.threads * 16;
 }
 
 int64_t arrived_words(const LinearPlan& plan, const Layout& layout, int64_t rows) {
-  return plan.apart ? tiles_of(shape_of(plan.tile, layout), layout, rows) : 0;
+  return plan.apart ? blocks_of(shape_of(plan.tile, layout), layout, rows) : 0;
 }
 
 }  // namespace turbo::cuda

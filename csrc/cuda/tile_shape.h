@@ -7,10 +7,14 @@
 
 namespace turbo::cuda {
 
+/// What multiplies: mma.sync, each warp for itself, or wgmma, four warps that stand side by side together.
+enum class Family { mma, wgmma };
+
 /// A block's tile has Channels output channels and Rows rows of x. Warps stand in a grid: WarpsN side by side along
 /// the channels, the others along the rows. Stages slabs are on their way or in use at a time.
-template <int Channels, int Rows, int WarpsN, int WarpsM, int Stages, int MinBlocks>
+template <Family Multiplies, int Channels, int Rows, int WarpsN, int WarpsM, int Stages, int MinBlocks>
 struct TileShape {
+  static constexpr Family kFamily = Multiplies;
   static constexpr int kChannels = Channels, kRows = Rows, kWarpsN = WarpsN, kStages = Stages, kMinBlocks = MinBlocks;
   static constexpr int kThreads = 32 * WarpsN * WarpsM;
   static constexpr int kSlabs = Channels / kSlabChannels / WarpsN;  // slabs of weights of a warp, side by side
@@ -19,7 +23,8 @@ struct TileShape {
   static_assert(Channels % kBlockChannels == 0 && kSlabs >= 1 && kSlabs * kSlabChannels * WarpsN == Channels);
   static_assert(kBlockSlabs % kSlabs == 0, "a warp's slabs lie in one block of the layout");
   static_assert(kColumns * 8 * WarpsM == Rows && (kColumns == 1 || kColumns % 2 == 0));
-  static_assert(Stages >= 2);
+  static_assert(Stages >= (kFamily == Family::wgmma ? 3 : 2));
+  static_assert(kFamily == Family::mma || (WarpsN % 4 == 0 && kColumns <= 16));
 };
 
 /// The rows of x that a block has, first .. end - 1 and at most its tile's, and whose weights they meet. None where first

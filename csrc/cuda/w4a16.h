@@ -31,6 +31,10 @@ struct W4A16 {
   TM_DEVICE static void multiply(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     mma_m16n8k16(Type{}, sum, a, b);
   }
+  template <int Columns>
+  TM_DEVICE static void multiply(float (&sums)[Columns][4], const uint32_t (&a)[4], uint64_t b) {
+    wgmma(Type{}, sums, a, b);
+  }
   TM_DEVICE static Type scale_type(const Finish&) { return {}; }
   TM_DEVICE static TileRows rows(const GemmParams<W4A16>& p, int tile, int tile_rows) {
     return plain_rows(p.rows, tile, tile_rows);

@@ -68,16 +68,21 @@ inline cuda::Layout cuda_layout(const char* op, int64_t n, int64_t k, int64_t gr
 
 inline int64_t row_dwords(const cuda::Layout& l) { return l.slabs() * cuda::kSlabK * l.bits / 32; }
 
-inline int multiprocessors(const char* op, int32_t device) {
+inline cuda::DeviceTraits device_traits(const char* op, int32_t device) {
   static std::mutex mutex;
-  static std::map<int32_t, int> known;
+  static std::map<int32_t, cuda::DeviceTraits> known;
   const std::lock_guard lock(mutex);
   const auto found = known.find(device);
   if (found != known.end()) return found->second;
-  int count = 0;
-  const cudaError_t status = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  STD_TORCH_CHECK(status == cudaSuccess, op, ": CUDA device ", device, ": ", cudaGetErrorString(status));
-  return known[device] = count;
+  const auto attribute = [&](cudaDeviceAttr name) {
+    int value = 0;
+    const cudaError_t status = cudaDeviceGetAttribute(&value, name, device);
+    STD_TORCH_CHECK(status == cudaSuccess, op, ": CUDA device ", device, ": ", cudaGetErrorString(status));
+    return value;
+  };
+  return known[device] = cuda::device_traits(attribute(cudaDevAttrMultiProcessorCount),
+                                             attribute(cudaDevAttrComputeCapabilityMajor),
+                                             attribute(cudaDevAttrComputeCapabilityMinor));
 }
 
 /// The counters of a stream, all 0 between launches: made at its first call, and so not while a graph is captured, if

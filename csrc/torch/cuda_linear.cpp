@@ -64,7 +64,7 @@ struct Call {
   }
 
   cuda::LinearPlan plan(void* stream) {
-    const cuda::LinearPlan plan = cuda::plan_linear(args.layout, args.rows, multiprocessors(op, device));
+    const cuda::LinearPlan plan = cuda::plan_linear(args.layout, args.rows, device_traits(op, device));
     const int64_t bytes = cuda::sums_bytes(plan, args.layout, args.rows);
     const int64_t words = cuda::arrived_words(plan, args.layout, args.rows);
     if (bytes) sums = torch::stable::new_empty(x, std::vector<int64_t>{bytes / 4}, ScalarType::Float);

@@ -94,7 +94,7 @@ Tensor multiply(const Scheme& s, Tensor x, Tensor topk_weights, Tensor topk_ids,
   if (m.tokens == 0) return y;
   if (x.stride(1) != 1) x = torch::stable::contiguous(x);
   const accelerator::DeviceGuard guard(device);
-  const int tile = cuda::plan_moe_tile(m.tokens, m.top_k, m.experts);
+  const int tile = cuda::plan_moe_tile(m.tokens, m.top_k, m.experts, device_traits(op, device).wgmma);
   Tensor memory = torch::stable::new_empty(x, std::vector<int64_t>{cuda::moe_bytes(m, tile)}, ScalarType::Byte);
   m.x = x.const_data_ptr();
   m.x_stride = x.stride(0);

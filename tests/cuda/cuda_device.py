@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
+import pytest
 import torch
 from c_structs import Layout, Linear, LinearA8, Pack, Plan, QuantizeX
 from torch import Tensor
@@ -66,8 +67,10 @@ class Device(ABC):
         self.declare("tm_cuda_arrived_words", size, pointer, pointer, size)
         self.declare("tm_cuda_code_bytes", size, size, size)
         self.declare("tm_cuda_moe_bytes", size, pointer, ctypes.c_int)
-        self.declare("tm_cuda_plan_moe_tile", ctypes.c_int, size, size, size)
-        self.declare("tm_cuda_plan_linear", None, pointer, size, ctypes.c_int, pointer)
+        number = ctypes.c_int
+        self.declare("tm_cuda_plan_moe_tile", number, size, size, size, number)
+        self.declare("tm_cuda_plan_linear", None, pointer, size, number, number, pointer)
+        self.declare("tm_cuda_tiles_of", None, number, pointer, pointer)
 
     def declare(self, name: str, result: type | None, *arguments: type) -> None:
         """The types of a function of the library."""
@@ -92,7 +95,7 @@ class Device(ABC):
 
     @abstractmethod
     def counts(self) -> dict[str, int]:
-        """mma, ldmatrix and ldmatrix_conflicts since the last call."""
+        """mma, wgmma, ldmatrix and ldmatrix_conflicts since the last call."""
 
     def call(self, name: str, *arguments: object) -> None:
         """A function that may fail: DeviceError with its reason."""
@@ -102,9 +105,25 @@ class Device(ABC):
             raise DeviceError(error.value.decode())
 
     @property
+    @abstractmethod
+    def wgmma(self) -> bool:
+        """True if plans are those of a device with wgmma, which alone runs those tiles."""
+
+    @property
     def tiles(self) -> int:
         """How many tile shapes there are."""
         return self.library.tm_cuda_tile_count()
+
+    def tiles_of(self, wgmma: bool) -> range:
+        """The tiles of devices with or without wgmma."""
+        first, count = ctypes.c_int(), ctypes.c_int()
+        self.library.tm_cuda_tiles_of(wgmma, ctypes.byref(first), ctypes.byref(count))
+        return range(first.value, first.value + count.value)
+
+    def needs_tile(self, tile: int) -> None:
+        """Skips the test where this device does not run the tile."""
+        if not self.wgmma and tile in self.tiles_of(True):
+            pytest.skip("a tile of compute capability 9.0 alone")
 
     def tile_rows(self, tile: int) -> int:
         """Rows of x that a tile covers."""
@@ -149,13 +168,24 @@ class Device(ABC):
         self.call("tm_cuda_pack_weights", ctypes.byref(args))
         return Packed(layout, weight, packed_scale, zero, sums)
 
-    def plan(self, layout: Layout, rows: int, multiprocessors: int = 132) -> Plan:
-        """What the backend would launch on a device of so many multiprocessors."""
+    def plan(
+        self, layout: Layout, rows: int, multiprocessors: int = 132, wgmma: bool | None = None
+    ) -> Plan:
+        """What the backend would launch on a device of so many multiprocessors; wgmma None: as this
+        device has it."""
         plan = Plan()
         self.library.tm_cuda_plan_linear(
-            ctypes.byref(layout), rows, multiprocessors, ctypes.byref(plan)
+            ctypes.byref(layout),
+            rows,
+            multiprocessors,
+            self.wgmma if wgmma is None else wgmma,
+            ctypes.byref(plan),
         )
         return plan
+
+    def plan_moe_tile(self, tokens: int, top_k: int, experts: int) -> int:
+        """The tile that the backend would take for experts."""
+        return self.library.tm_cuda_plan_moe_tile(tokens, top_k, experts, self.wgmma)
 
     @contextmanager
     def rows(self, x: Tensor, place: Place) -> Iterator[int]:

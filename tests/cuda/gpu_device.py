@@ -56,12 +56,16 @@ class Gpu(Device):
             out.view(-1).view(torch.uint8).copy_(self._arrays[address][:count])
         return out
 
+    @property
+    def wgmma(self) -> bool:
+        return torch.cuda.get_device_capability() == (9, 0)
+
     def set_order(self, order: int, seed: int = 0) -> None:
         """Nothing: a GPU runs blocks in an order of its own."""
 
     def counts(self) -> dict[str, int]:
         """What tests expect of the simulator's counts; a GPU has none."""
-        return {"mma": 1, "ldmatrix": 0, "ldmatrix_conflicts": 0}
+        return {"mma": 1, "wgmma": 1, "ldmatrix": 0, "ldmatrix_conflicts": 0}
 
 
 @functools.cache

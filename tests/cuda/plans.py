@@ -3,7 +3,9 @@
 
 from c_structs import Layout, Plan
 
-TILES = 5
+TILES = 10
+# The tiles of a device without wgmma and of one with it, smallest first.
+FAMILIES = {"mma": range(5), "wgmma": range(5, TILES)}
 # Slices of K, and whether each has blocks of its own.
 SLICES = ((1, False), (2, True), (2, False), (3, True), (5, True), (5, False))
 

@@ -34,6 +34,7 @@ class Simulator(Device):
             ("csrc/cuda", "csrc/cpu"),
         )
         super().__init__(ctypes.CDLL(str(path)))
+        self._wgmma = False
         address, count, text = ctypes.c_uint64, ctypes.c_size_t, ctypes.c_char_p
         self.declare("sim_allocate", address, count, text, count)
         self.declare("sim_release", None, address)
@@ -62,15 +63,31 @@ class Simulator(Device):
         self.library.sim_copy_out(out.data_ptr(), address, out.numel() * out.element_size())
         return out
 
+    @property
+    def wgmma(self) -> bool:
+        return self._wgmma
+
+    def needs_tile(self, tile: int) -> None:
+        """All run here."""
+
+    @contextmanager
+    def with_wgmma(self) -> Iterator[None]:
+        """Plans are those of a device that has it."""
+        self._wgmma = True
+        try:
+            yield
+        finally:
+            self._wgmma = False
+
     def set_order(self, order: int, seed: int = 0) -> None:
         """The order in which blocks and warps get their turns from now on."""
         self.library.sim_set_order(order, ctypes.c_uint32(seed))
 
     def counts(self) -> dict[str, int]:
         """Instructions since the last call."""
-        numbers = (ctypes.c_uint64 * 3)()
+        numbers = (ctypes.c_uint64 * 4)()
         self.library.sim_counts(numbers)
-        return dict(zip(("mma", "ldmatrix", "ldmatrix_conflicts"), numbers, strict=True))
+        return dict(zip(("mma", "wgmma", "ldmatrix", "ldmatrix_conflicts"), numbers, strict=True))
 
     def take_sites(self) -> list[str]:
         """Places in the kernels' sources that waited since the last call: barriers, waits for

@@ -133,7 +133,7 @@ def launch(
         -(-weights.n // 64) * -(-weights.k // 64) * 64 * 64 * weights.bits // 32
     )
     if tile is None:
-        tile = sim.library.tm_cuda_plan_moe_tile(tokens, top_k, experts)
+        tile = sim.plan_moe_tile(tokens, top_k, experts)
     a = call.activation
     with ExitStack() as stack:
         enter = stack.enter_context

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_device import Device
+from sim_device import Simulator
 
 from vllm_plugin_tm.kernels import ops
 
@@ -120,8 +121,9 @@ def outputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_layers_are_those_of_the_cpu(simulated: Device, tmp_path: Path, name: str) -> None:
-    """All of a checkpoint's layers, chosen by upstream's own lists, from the same files."""
+def test_layers_are_those_of_the_cpu(simulated: Simulator, tmp_path: Path, name: str) -> None:
+    """All of a checkpoint's layers, chosen by upstream's own lists, from the same files; on the
+    tiles of either family, whose sums the simulator rounds in one order."""
     MODELS[name](tmp_path, 0)
     with device(None):
         want = outputs(tiny_llama.load(tmp_path, **options_of(name)))
@@ -129,11 +131,16 @@ def test_layers_are_those_of_the_cpu(simulated: Device, tmp_path: Path, name: st
         model = tiny_llama.load(tmp_path, **options_of(name))
         rows = layer_table.collect(model)
         got = outputs(model)
+        simulated.counts()
+        with simulated.with_wgmma():
+            again = outputs(model)
+        assert simulated.counts()["wgmma"] > 0
     ours = [row for row in rows if row.on_tm]
     assert {row.isa for row in ours} == {sim_ops.HERE.isa}
     assert set(got) == set(want)
     assert len(got) == sum(row.count for row in ours) == COUNTS.get(name, 8)
     for layer, y in got.items():
+        assert torch.equal(again[layer], y), layer
         if name in SAME_BITS:
             assert torch.equal(y, want[layer]), layer
             continue

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cuda_build import build
 
-SOURCES = ("sim_instructions.cpp", "sim_faults.cpp")
+SOURCES = ("sim_instructions.cpp", "sim_sm90.cpp", "sim_faults.cpp")
 HERE = Path(__file__).parent
 NAMES = re.findall(r"SIM_TEST\((\w+)\)", "".join((HERE / name).read_text() for name in SOURCES))
 

@@ -23,7 +23,7 @@ from linear_cases import (
     pack_bits,
     pairwise,
 )
-from plans import SLICES, TILES, plan_of
+from plans import FAMILIES, SLICES, TILES, plan_of
 from sim_device import DESCENDING, SHUFFLED
 from torch import Tensor
 
@@ -91,11 +91,12 @@ def test_against_the_oracle(sim: Device, case: dict[str, Any]) -> None:
     layer = make_layer(case["mode"], n, k, group, dtype, case["asymmetric"], case["bias"])
     assert isinstance(layer, Layer)
     x = make_x(case["rows"], k, dtype)
+    sim.needs_tile(case["tile"])
     sim.counts()
     y = _run(sim, layer, x, case["tile"], case["slices"], place=case["place"])
     assert_right(y, expected(layer, x))
     counts = sim.counts()
-    assert counts["mma"] > 0
+    assert counts["wgmma" if case["tile"] in FAMILIES["wgmma"] else "mma"] > 0
     assert counts["ldmatrix_conflicts"] == 0
     # One element alone may be all bias.
     if y.numel() >= 16:
@@ -115,22 +116,26 @@ def _large(mode: str, group: int, dtype: torch.dtype) -> tuple[Layer, Tensor, Ex
     return layer, x, expected(layer, x)
 
 
+@pytest.mark.parametrize("tiles", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize(("mode", "group"), KERNELS)
-def test_a_row_has_the_same_bits_in_every_batch(sim: Device, mode: str, group: int) -> None:
+def test_a_row_has_the_same_bits_in_every_batch(
+    sim: Device, mode: str, group: int, tiles: range
+) -> None:
     """Whatever the number of rows, and with it the tile, whether slices run apart or one block goes
     through all, and beside whichever rows."""
+    sim.needs_tile(tiles[0])
     layer, x, want = _large(mode, group, torch.float16)
     packed = _pack(sim, layer)
     run = functools.partial(_run, sim, layer, packed=packed)
-    alone = torch.cat([run(row, slices=(3, True)) for row in x[:9].split(1)])
+    alone = torch.cat([run(row, tiles[0], (3, True)) for row in x[:9].split(1)])
     for tile, rows, apart in ((0, 7, True), (1, 16, True), (2, 9, False), (3, 64, True)):
-        y = run(x[:rows], tile, (3, apart))
+        y = run(x[:rows], tiles[tile], (3, apart))
         both = min(rows, 9)
         assert torch.equal(y[:both], alone[:both])
-    whole = run(x, 4, (3, False))
+    whole = run(x, tiles[4], (3, False))
     assert torch.equal(whole[:9], alone)
     assert_right(whole, want)
-    y = run(x[:9].flip(0).contiguous(), 1, (3, True))
+    y = run(x[:9].flip(0).contiguous(), tiles[1], (3, True))
     assert torch.equal(y.flip(0), alone)
 
 

@@ -19,7 +19,7 @@ from linear_cases import (
     pack_bits,
     pairwise,
 )
-from plans import SLICES, TILES, plan_of
+from plans import FAMILIES, SLICES, TILES, plan_of
 from sim_device import DESCENDING, SHUFFLED
 from torch import Tensor
 
@@ -89,8 +89,10 @@ def _slabs(k: int) -> int:
 
 def test_all_tiles_are_tested(sim: Device) -> None:
     assert sim.tiles == TILES
-    rows = [sim.tile_rows(tile) for tile in range(TILES)]
-    assert rows == sorted(set(rows))
+    for family, tiles in FAMILIES.items():
+        assert sim.tiles_of(wgmma=family == "wgmma") == tiles
+        rows = [sim.tile_rows(tile) for tile in tiles]
+        assert rows == sorted(set(rows))
 
 
 @pytest.mark.parametrize("case", GRID, ids=map(_name, GRID))
@@ -100,11 +102,12 @@ def test_against_the_oracle(sim: Device, case: dict[str, Any]) -> None:
     layer = make_layer("w4a16", n, k, group, dtype, case["asymmetric"], case["bias"])
     x = make_x(case["rows"], k, dtype)
     plan = _plan(case["tile"], _slabs(k), *case["slices"])
+    sim.needs_tile(plan.tile)
     sim.counts()
     y = sim.w4a16_linear(x, _pack(sim, layer), layer.bias, plan, case["place"])
     assert_right(y, expected(layer, x))
     counts = sim.counts()
-    assert counts["mma"] > 0
+    assert counts["wgmma" if plan.tile in FAMILIES["wgmma"] else "mma"] > 0
     assert counts["ldmatrix_conflicts"] == 0
     # One element alone may be all bias.
     if y.numel() >= 16:
@@ -119,27 +122,30 @@ def _large(dtype: torch.dtype, group: int) -> tuple[Layer, Tensor, Expected]:
     return layer, x, expected(layer, x)
 
 
+@pytest.mark.parametrize("tiles", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize("group", [32, 128, -1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_has_the_same_bits_in_every_batch(
-    sim: Device, dtype: torch.dtype, group: int
+    sim: Device, dtype: torch.dtype, group: int, tiles: range
 ) -> None:
     """Whatever the number of rows, and with it the tile, and whether slices run apart or one block
     goes through all: the slices are the same, and so are the bits."""
+    sim.needs_tile(tiles[0])
     layer, x, want = _large(dtype, group)
     packed = _pack(sim, layer)
-    alone = torch.cat(
-        [sim.w4a16_linear(row, packed, layer.bias, _plan(0, 10, 3, True)) for row in x[:9].split(1)]
-    )
+
+    def run(x: Tensor, tile: int, apart: bool) -> Tensor:
+        return sim.w4a16_linear(x, packed, layer.bias, _plan(tiles[tile], 10, 3, apart))
+
+    alone = torch.cat([run(row, 0, True) for row in x[:9].split(1)])
     for tile, rows, apart in ((0, 7, True), (1, 16, True), (2, 9, False), (3, 64, True)):
-        y = sim.w4a16_linear(x[:rows], packed, layer.bias, _plan(tile, 10, 3, apart))
         both = min(rows, 9)
-        assert torch.equal(y[:both], alone[:both])
-    whole = sim.w4a16_linear(x, packed, layer.bias, _plan(4, 10, 3, False))
+        assert torch.equal(run(x[:rows], tile, apart)[:both], alone[:both])
+    whole = run(x, 4, False)
     assert torch.equal(whole[:9], alone)
     assert_right(whole, want)
     # At another place, beside other rows.
-    y = sim.w4a16_linear(x[:9].flip(0).contiguous(), packed, layer.bias, _plan(1, 10, 3, True))
+    y = run(x[:9].flip(0).contiguous(), 1, True)
     assert torch.equal(y.flip(0), alone)
 
 
@@ -153,18 +159,20 @@ def test_slices_decide_bits(sim: Device) -> None:
     assert not torch.equal(one, three)
 
 
-def test_plans(sim: Device) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plans(sim: Device, family: str) -> None:
     """Slices follow from the weights and the device, and end where groups do; the tile is the
-    smallest that covers M."""
+    smallest of the device's that covers M."""
+    tiles = FAMILIES[family]
     sizes = ((4096, 4096, 32), (14336, 4096, 128), (576, 1536, 1), (64, 64, 1), (256, 6144, 6))
     for n, k, groups in sizes:
         plans = {}
         for rows in (1, 8, 9, 16, 64, 65, 128, 1000, 100_000):
-            plan = sim.plan(Layout(n, k, groups), rows)
+            plan = sim.plan(Layout(n, k, groups), rows, wgmma=family == "wgmma")
             plans[rows] = plan
-            covered = sim.tile_rows(plan.tile)
-            assert covered >= rows or plan.tile == TILES - 1
-            assert plan.tile == 0 or sim.tile_rows(plan.tile - 1) < rows
+            assert plan.tile in tiles
+            covering = [tile for tile in tiles if sim.tile_rows(tile) >= rows]
+            assert covering[:1] in ([], [plan.tile])
             length = plan.slice_slabs
             assert groups == 1 or length * 64 % (k // groups) == 0
             assert (plan.slices - 1) * length < _slabs(k) <= plan.slices * length
@@ -172,12 +180,28 @@ def test_plans(sim: Device) -> None:
         assert not plans[100_000].apart
 
 
+def test_tiles_for_many_rows_follow_from_the_cost(sim: Device) -> None:
+    """More rows than any tile covers: blocks that would leave multiprocessors without work are cut
+    smaller, and where there is work for all the largest tile is the cheapest."""
+    largest = sim.tile_rows(FAMILIES["mma"][-1])
+
+    def rows_of(n: int, rows: int, multiprocessors: int) -> int:
+        return sim.tile_rows(sim.plan(Layout(n, 512, 4), rows, multiprocessors, wgmma=False).tile)
+
+    assert rows_of(4096, 100_000, 108) == largest
+    # 16 tiles of 128 x 128 for 32 multiprocessors; of 128 x 64 there are 32.
+    assert rows_of(1024, 256, 32) < largest
+    assert rows_of(1024, 256, 16) == largest
+
+
+@pytest.mark.parametrize("tiles", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize("order", [DESCENDING, SHUFFLED])
-def test_the_order_of_blocks_and_warps_is_no_matter(sim: Device, order: int) -> None:
+def test_the_order_of_blocks_and_warps_is_no_matter(sim: Device, order: int, tiles: range) -> None:
     """Whichever slice comes last adds all of them, in the same order."""
+    sim.needs_tile(tiles[0])
     layer, x, _ = _large(torch.bfloat16, 128)
     packed = _pack(sim, layer)
-    plan = _plan(1, 10, 5, True)
+    plan = _plan(tiles[1], 10, 5, True)
     want = sim.w4a16_linear(x[:20], packed, layer.bias, plan)
     sim.set_order(order, seed=11)
     assert torch.equal(sim.w4a16_linear(x[:20], packed, layer.bias, plan, launches=3), want)
@@ -281,7 +305,7 @@ def test_sizes_without_a_kernel_are_refused(
 @pytest.mark.parametrize(
     ("plan", "reason"),
     [
-        (Plan(TILES, 1, 2), "tile 5: expected 0 to 4"),
+        (Plan(TILES, 1, 2), "tile 10: expected 0 to 9"),
         (Plan(0, 1, 1), "1 slices of 1 slabs: they must cover 2 slabs"),
         (Plan(0, 3, 1), "none being empty"),
         (Plan(0, 0, 2), "0 slices"),

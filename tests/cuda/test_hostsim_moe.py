@@ -12,9 +12,10 @@ import torch
 from cuda_device import Device, DeviceError, Place
 from linear_cases import assert_right, pairwise
 from moe_cases import ACTIVATIONS, Call, MoeLayer, Shape, make_call, make_moe
-from plans import TILES
+from plans import FAMILIES, TILES
 from sim_device import DESCENDING, SHUFFLED
 from sim_moe import SCHEMES
+from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16)
 CODES = SCHEMES[1:]
@@ -64,6 +65,8 @@ def test_against_the_oracle(sim: Device, case: dict[str, Any]) -> None:
         scale_dtype=torch.float32 if shape.group == -1 and case["bias"] else None,
     )
     call = make_call(layer, case["tokens"], min(case["top_k"], shape.experts), dtype, case["kind"])
+    if case["tile"] is not None:
+        sim.needs_tile(case["tile"])
     sim.counts()
     y = sim_moe.run(sim, call, tile=case["tile"], place=case["place"])
     assert_right(y, call.expected())
@@ -88,22 +91,28 @@ def _part(call: Call, tokens: slice) -> Call:
     )
 
 
+@pytest.mark.parametrize("tiles", FAMILIES.values(), ids=FAMILIES)
 @of_schemes
-def test_a_token_has_the_same_bits_in_every_batch(sim: Device, scheme: str) -> None:
-    """Alone, among others, on every tile; and whatever the order of blocks."""
+def test_a_token_has_the_same_bits_in_every_batch(sim: Device, scheme: str, tiles: range) -> None:
+    """Alone, among others, on every tile of a device; and whatever the order of blocks."""
+    sim.needs_tile(tiles[0])
     call = make_call(_layer(scheme), 40, 2, torch.float16)
     packed = sim_moe.pack_layer(sim, call.layer)
-    whole = sim_moe.run(sim, call, packed)
+
+    def run(tokens: slice, tile: int) -> Tensor:
+        return sim_moe.run(sim, _part(call, tokens), packed, tiles[tile])
+
+    everything = slice(0, 40)
+    whole = run(everything, 3)
     assert_right(whole, call.expected())
-    for tile in range(TILES):
-        assert torch.equal(sim_moe.run(sim, call, packed, tile), whole)
+    for tile in range(len(tiles)):
+        assert torch.equal(run(everything, tile), whole)
     for token in (0, 13, 39):
-        alone = sim_moe.run(sim, _part(call, slice(token, token + 1)), packed)
-        assert torch.equal(alone, whole[token : token + 1])
-    assert torch.equal(sim_moe.run(sim, _part(call, slice(5, 22)), packed), whole[5:22])
+        assert torch.equal(run(slice(token, token + 1), 0), whole[token : token + 1])
+    assert torch.equal(run(slice(5, 22), 1), whole[5:22])
     for order in (DESCENDING, SHUFFLED):
         sim.set_order(order, seed=7)
-        assert torch.equal(sim_moe.run(sim, call, packed), whole)
+        assert torch.equal(run(everything, 2), whole)
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["int32", "int64"])
@@ -172,7 +181,7 @@ def test_no_tokens(sim: Device) -> None:
 def test_what_does_not_fit_is_refused(sim: Device) -> None:
     call = make_call(_layer(), 3, 2, torch.float16)
     packed = sim_moe.pack_layer(sim, call.layer)
-    with pytest.raises(DeviceError, match="tile 5: expected 0 to 4"):
+    with pytest.raises(DeviceError, match="tile 10: expected 0 to 9"):
         sim_moe.run(sim, call, packed, TILES)
     packed.w2.layout.n = 64
     with pytest.raises(DeviceError, match=r"w2: 4 bits \[64, 64\]: expected 4 bits \[128, 64\]"):

@@ -11,7 +11,7 @@ import torch
 from cuda_device import DeviceError, Rounding
 from linear_cases import make_layer, make_x
 from moe_cases import Shape, make_call, make_moe
-from plans import plan_of
+from plans import FAMILIES, plan_of
 from sim_device import ASCENDING, DESCENDING, Simulator
 
 from vllm_plugin_tm.kernels.reference_moe import Activation
@@ -19,16 +19,19 @@ from vllm_plugin_tm.kernels.reference_moe import Activation
 X = make_x(3, 640, torch.float16)
 
 
-def _w4a16(sim: Simulator, slices: int, apart: bool) -> None:
-    layer = make_layer("w4a16", 64, 640, 128, torch.float16)
+MMA, WGMMA = (tiles[0] for tiles in FAMILIES.values())
+
+
+def _w4a16(sim: Simulator, slices: int, apart: bool, tile: int = MMA, group: int = 128) -> None:
+    layer = make_layer("w4a16", 64, 640, group, torch.float16)
     packed = sim.pack(layer.codes, layer.scale, None, 640, 4)
-    sim.w4a16_linear(X, packed, None, plan_of(packed.layout, 0, slices, apart))
+    sim.w4a16_linear(X, packed, None, plan_of(packed.layout, tile, slices, apart))
 
 
-def _w8a8(sim: Simulator, slices: int, apart: bool) -> None:
+def _w8a8(sim: Simulator, slices: int, apart: bool, tile: int = MMA) -> None:
     layer = make_layer("w8a8", 64, 640, -1, torch.float16)
     packed = sim.pack(layer.codes, layer.scale, None, 640, 8, width=8)
-    sim.a8_linear(X, packed, None, plan_of(packed.layout, 0, slices, apart))
+    sim.a8_linear(X, packed, None, plan_of(packed.layout, tile, slices, apart))
 
 
 def _moe(sim: Simulator, gated: bool) -> None:
@@ -40,6 +43,12 @@ def _moe(sim: Simulator, gated: bool) -> None:
 RUNS: tuple[Callable[[Simulator], None], ...] = (
     *(functools.partial(_w4a16, slices=s, apart=a) for s, a in ((1, False), (2, False), (2, True))),
     functools.partial(_w8a8, slices=2, apart=True),
+    *(
+        functools.partial(_w4a16, slices=1, apart=False, tile=WGMMA, group=group)
+        for group in (32, 128)
+    ),
+    functools.partial(_w4a16, slices=1, apart=False, tile=FAMILIES["wgmma"][-1]),
+    functools.partial(_w8a8, slices=2, apart=True, tile=WGMMA),
     lambda sim: sim.quantize(X, Rounding()) and None,
     functools.partial(_moe, gated=True),
     functools.partial(_moe, gated=False),
@@ -59,7 +68,9 @@ def test_every_wait_is_needed(simulated: Simulator) -> None:
     _run_all(simulated)
     sites = simulated.take_sites()
     kinds = {site.split()[0] for site in sites}
-    assert kinds == {"sync_threads", "cp_async_wait", "thread_fence"}
+    ordinary = {"sync_threads", "cp_async_wait", "thread_fence"}
+    sm90 = {"sync_warp", "barrier_wait", "async_proxy_fence", "wgmma_fence", "wgmma_wait"}
+    assert kinds == ordinary | sm90
     unseen = []
     for site in sites:
         with simulated.without(site):

@@ -19,6 +19,7 @@ std::string shared_place(uint32_t address, uint32_t bytes) {
 
 bool Block::ordered(unsigned other, uint32_t time, unsigned thread) const {
   if (other == thread || time < barrier_time_) return true;
+  if (!seen_.empty() && time <= seen_[thread * threads_.size() + other]) return true;
   return other / kWarp == thread / kWarp && time < warps_[thread / kWarp].sync_time;
 }
 
@@ -38,15 +39,27 @@ void Block::load_shared(uint32_t address, void* to, uint32_t bytes, unsigned thr
     };
     if (byte.state == SharedByte::unwritten) say(" that nothing has written");
     if (byte.state == SharedByte::in_flight)
-      say(" that the cp.async of thread " + std::to_string(byte.writer) + " is on its way to: a wait is missing");
+      say(" that the " + std::string(byte.by_bulk ? "bulk copy" : "cp.async") + " of thread " +
+          std::to_string(byte.writer) + " is on its way to: a wait is missing");
     if (!ordered(byte.writer, byte.write_time, thread))
       say(" that thread " + std::to_string(byte.writer) + " wrote: a barrier is missing between the two");
     const bool other_warp = byte.reader != SharedByte::kNobody && byte.read_time >= barrier_time_ &&
                             (byte.reader == SharedByte::kSeveral || byte.reader / kWarp != thread / kWarp);
     byte.reader = other_warp ? SharedByte::kSeveral : static_cast<uint16_t>(thread);
     byte.read_time = now_;
+    if (!seen_.empty()) warp_reads_[at / 16 * warps_.size() + thread / kWarp] = now_;
   }
   std::memcpy(to, shared_.data() + address, bytes);
+}
+
+/// True if what the lanes of `warp` read near `address` since the last barrier is ordered before what `thread` does now:
+/// the one that told of it spoke for all of them.
+bool Block::reads_known(uint32_t address, unsigned warp, unsigned thread) const {
+  if (seen_.empty()) return false;
+  const uint32_t time = warp_reads_[address / 16 * warps_.size() + warp];
+  for (unsigned lane = 0; lane < kWarp; ++lane)
+    if (ordered(warp * kWarp + lane, time, thread)) return true;
+  return false;
 }
 
 void Block::check_write(uint32_t address, uint32_t bytes, const char* what) {
@@ -58,11 +71,16 @@ void Block::check_write(uint32_t address, uint32_t bytes, const char* what) {
       fault(std::string(what) + " of " + shared_place(address, bytes) + " that " + other);
     };
     if (byte.state == SharedByte::in_flight)
-      say("the cp.async of thread " + std::to_string(byte.writer) + " is on its way to");
+      say("the " + std::string(byte.by_bulk ? "bulk copy" : "cp.async") + " of thread " + std::to_string(byte.writer) +
+          " is on its way to");
     if (byte.writer != SharedByte::kNobody && !ordered(byte.writer, byte.write_time, thread))
       say("thread " + std::to_string(byte.writer) + " wrote: a barrier is missing between the two");
     if (byte.reader == SharedByte::kNobody || byte.read_time < barrier_time_) continue;
-    if (byte.reader == SharedByte::kSeveral) say("several warps read: a barrier is missing between the two");
+    if (byte.reader == SharedByte::kSeveral) {
+      for (unsigned warp = 0; warp < warps_.size(); ++warp)
+        if (!reads_known(at, warp, thread)) say("several warps read: a barrier is missing between the two");
+      continue;
+    }
     if (!ordered(byte.reader, byte.read_time, thread))
       say("thread " + std::to_string(byte.reader) + " read: a barrier is missing between the two");
   }
@@ -75,6 +93,7 @@ void Block::store_shared(uint32_t address, const void* from, uint32_t bytes) {
     shadow_[at].state = SharedByte::written;
     shadow_[at].writer = static_cast<uint16_t>(current_->index);
     shadow_[at].write_time = now_;
+    shadow_[at].by_bulk = false;
   }
 }
 
@@ -85,15 +104,21 @@ void Block::copy_async(const AsyncCopy& copy) {
   if (copy.from % copy.bytes)
     fault("cp.async of " + std::to_string(copy.bytes) + " bytes from " + global_memory().describe(copy.from) +
           " is not aligned to its size");
-  if (copy.read_bytes) global(copy.from, copy.read_bytes, "cp.async");
-  check_write(copy.to, copy.bytes, "cp.async");
+  start_copy(copy, "cp.async");
+  current_->open_copies.push_back(copy);
+}
+
+/// Marks where a copy of the running thread goes as being on its way.
+void Block::start_copy(const AsyncCopy& copy, const char* what) {
+  if (copy.read_bytes) global(copy.from, copy.read_bytes, what);
+  check_write(copy.to, copy.bytes, what);
   std::memset(shared_.data() + copy.to, GlobalMemory::kUnwritten, copy.bytes);
   for (uint32_t at = copy.to; at < copy.to + copy.bytes; ++at) {
     shadow_[at].state = SharedByte::in_flight;
     shadow_[at].writer = static_cast<uint16_t>(current_->index);
     shadow_[at].write_time = now_;
+    shadow_[at].by_bulk = false;
   }
-  current_->open_copies.push_back(copy);
 }
 
 void Block::commit_copies() {
@@ -103,18 +128,18 @@ void Block::commit_copies() {
 
 void Block::wait_copies(unsigned pending) {
   while (current_->copy_groups.size() > pending) {
-    for (const AsyncCopy& copy : current_->copy_groups.front()) finish_copy(copy);
+    for (const AsyncCopy& copy : current_->copy_groups.front()) finish_copy(copy, now_);
     current_->copy_groups.pop_front();
   }
 }
 
-void Block::finish_copy(const AsyncCopy& copy) {
+void Block::finish_copy(const AsyncCopy& copy, uint32_t time) {
   unsigned char data[16] = {};
   if (copy.read_bytes) read_global(copy.from, data, copy.read_bytes);
   std::memcpy(shared_.data() + copy.to, data, copy.bytes);
   for (uint32_t at = copy.to; at < copy.to + copy.bytes; ++at) {
     shadow_[at].state = SharedByte::written;
-    shadow_[at].write_time = now_;
+    shadow_[at].write_time = time;
   }
 }
 

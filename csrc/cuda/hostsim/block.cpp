@@ -90,6 +90,8 @@ void Block::thread_body(void* argument) {
     self.body_();
     if (!thread->open_copies.empty() || !thread->copy_groups.empty())
       self.fault("ends while its cp.async copies are on their way");
+    if (!thread->open_products.empty() || !thread->product_groups.empty())
+      self.fault("ends while its products are under way");
   } catch (const std::exception& error) {
     if (self.failure_.empty()) self.failure_ = error.what();
   }
@@ -111,10 +113,15 @@ void Block::reset_threads() {
     thread.waiting_in = "";
     thread.open_copies.clear();
     thread.copy_groups.clear();
+    thread.products_fenced = false;
+    thread.open_products.clear();
+    thread.product_groups.clear();
     thread.fibre.prepare(stacks().end(t), &Block::thread_body, &thread);
   }
-  for (Warp& warp : warps_) warp = {"", {}, 0, now_};
+  for (Warp& warp : warps_) warp = {"", {}, 0, now_, 0};
   waiting_in_barrier_ = 0;
+  barriers_.clear();
+  seen_.clear();
 }
 
 void Block::run(const unsigned (&index)[3], uint32_t launch_number, uint32_t block_number) {
@@ -133,9 +140,12 @@ void Block::run(const unsigned (&index)[3], uint32_t launch_number, uint32_t blo
       moved |= run_warp(warp);
       if (!failure_.empty()) throw Fault(failure_);
     }
+    // As late as can be: what does not wait for it will see that it is missing.
+    if (!moved) moved = finish_coming();
   }
   if (std::any_of(threads_.begin(), threads_.end(), [](const Thread& t) { return t.wait != Wait::ended; }))
     report_deadlock();
+  check_end();
 }
 
 /// Runs the lanes of a warp until none can go on.
@@ -183,6 +193,7 @@ void Block::sync_threads() {
 void Block::sync_warp() {
   collective("__syncwarp", nullptr, [](Block& block, void* (&)[kWarp]) {
     block.warps_[block.current_->index / kWarp].sync_time = ++block.now_;
+    block.share_known(block.current_->index / kWarp);
   });
 }
 

@@ -4,12 +4,15 @@
 // What is reported beside wrong addresses: shared memory read before it was written, or while an asynchronous copy is
 // on its way there; two threads at the same byte without a barrier between them; waits that never end; lanes that meet
 // in different instructions; global memory of another block that its writer did not fence, or
-// not before a barrier and the atomic that told of it, or that is read without a fence after that atomic.
+// not before a barrier and the atomic that told of it, or that is read without a fence after that atomic; and what
+// phases.cpp and wgmma.cpp have of sm_90's own.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -34,6 +37,7 @@ void set_order(Order order, uint32_t seed);
 /// What a launch did, beside its results.
 struct Counts {
   uint64_t mma = 0;
+  uint64_t wgmma = 0;  // of one warp each
   uint64_t ldmatrix = 0;
   uint64_t ldmatrix_conflicts = 0;  // cycles beyond the first of the reads of eight rows at a time
 };
@@ -44,7 +48,7 @@ Counts& total_counts();
 /// Runs body once for every thread of every block. Throws the first Fault.
 void launch(const Launch& what, const std::function<void()>& body);
 
-enum class Wait : uint8_t { runnable, warp, block, ended };
+enum class Wait : uint8_t { runnable, warp, block, phase, ended };
 
 /// One cp.async.
 struct AsyncCopy {
@@ -53,13 +57,27 @@ struct AsyncCopy {
   uint32_t bytes, read_bytes;
 };
 
+/// A product of wgmma, as one lane has it, that is under way: d has no value meanwhile, and a must stay.
+struct Product {
+  uint32_t* d;
+  std::vector<uint32_t> result;
+  const uint32_t* a;
+  std::array<uint32_t, 4> a_before;
+  std::vector<uint32_t> chunks;  // addresses of 16 bytes of B that this lane answers for
+  uint32_t time;
+};
+
 struct Thread {
   Fibre fibre;
   unsigned index;
   Wait wait;
   const char* waiting_in;
+  uint32_t waiting_for;  // the barrier of Wait::phase
   std::vector<AsyncCopy> open_copies;
   std::deque<std::vector<AsyncCopy>> copy_groups;  // oldest first
+  bool products_fenced;
+  std::vector<Product> open_products;
+  std::deque<std::vector<Product>> product_groups;  // oldest first
 };
 
 struct Warp {
@@ -67,6 +85,27 @@ struct Warp {
   void* operands[kWarp];
   unsigned arrived;
   uint32_t sync_time;
+  uint64_t products;  // which, and in what order: a hash
+};
+
+/// What a thread knows of others: what each did up to a time.
+using Known = std::vector<uint32_t>;
+
+/// An mbarrier, and the copies that will arrive at it, in the order in which they were started.
+struct PhaseBarrier {
+  struct Coming {
+    bool bulk;
+    unsigned thread;
+    uint32_t time;
+    std::vector<AsyncCopy> copies;
+  };
+  unsigned count, left;  // arrivals of a phase, and those that it still waits for
+  int64_t bytes;
+  uint32_t phases;  // that have ended
+  unsigned made_by;
+  uint32_t made_at;
+  Known arriving, known;  // what those know who came in this phase, and in all before
+  std::deque<Coming> coming;
 };
 
 /// The block that runs, as its threads see it. All functions but `run` are called from inside a fibre.
@@ -100,6 +139,28 @@ class Block {
   void commit_copies();
   void wait_copies(unsigned pending);
 
+  // phases.cpp
+  void barrier_init(uint32_t address, unsigned count);
+  void barrier_arrive(uint32_t address);
+  void barrier_arrive_expect(uint32_t address, uint32_t bytes);
+  void barrier_arrive_copies(uint32_t address);
+  void barrier_wait(uint32_t address, uint32_t parity);
+  void bulk_copy(uint32_t to, Address from, uint32_t bytes, uint32_t barrier);
+  void async_proxy_fence();
+
+  // wgmma.cpp
+  void wgmma_fence() { current_->products_fenced = true; }
+  void wgmma_commit();
+  void wgmma_wait(unsigned pending);
+  /// A lane's part of a product that its warp has computed.
+  void start_product(unsigned lane, Product product);
+  /// The value that register `index` of d has, or will have when what is under way is done.
+  uint32_t product_register(unsigned lane, const uint32_t* d, unsigned index) const;
+  void note_product(uint64_t what);
+  /// Reads 16 bytes of an operand as the asynchronous proxy does.
+  void load_async_proxy(uint32_t address, void* to, unsigned thread);
+  uint32_t tick() { return ++now_; }
+
   /// The thread of lane `lane` of the warp that runs.
   unsigned lane_thread(unsigned lane) const { return current_->index / kWarp * kWarp + lane; }
   [[noreturn]] void fault(const std::string& what) const { fault(what, current_->index); }
@@ -115,7 +176,22 @@ class Block {
   /// True if what `other` did at `time` is ordered before what `thread` does now.
   bool ordered(unsigned other, uint32_t time, unsigned thread) const;
   void check_write(uint32_t address, uint32_t bytes, const char* what);
-  void finish_copy(const AsyncCopy& copy);
+  void start_copy(const AsyncCopy& copy, const char* what);
+  void finish_copy(const AsyncCopy& copy, uint32_t time);
+  void start_tracking();
+  PhaseBarrier& phase_barrier(uint32_t address, const char* what);
+  void announce(PhaseBarrier& barrier);
+  /// The lanes of a warp know what each of them does.
+  void share_known(unsigned warp);
+  void arrive(uint32_t address, PhaseBarrier& barrier);
+  bool finish_coming();
+  void end_phase(uint32_t address, PhaseBarrier& barrier);
+  void check_end() const;
+  uint32_t& seen_of(unsigned thread, unsigned other) { return seen_[thread * threads_.size() + other]; }
+  bool reads_known(uint32_t address, unsigned warp, unsigned thread) const;
+  /// True if what `other` did at `time` is ordered before a proxy fence of `thread`.
+  bool fenced(unsigned other, uint32_t time, unsigned thread) const;
+  void finish_product(Thread& thread, const Product& product);
   void read_global(Address address, void* to, uint32_t bytes, bool atomic = false);
   size_t grid_thread(uint32_t block, uint32_t thread) const { return size_t{block} * launch_.threads + thread; }
   uint32_t& fences_of(uint32_t block, uint32_t thread) { return fences_[grid_thread(block, thread)]; }
@@ -138,6 +214,15 @@ class Block {
   unsigned waiting_in_barrier_ = 0;
   bool fenced_ = false;  // since the block's last atomic: what other blocks fenced before it is seen from here on
   uint32_t now_ = 1, barrier_time_ = 1;
+  // Of threads that meet at phase barriers: what each knows of each, and knew, with the times of the last __syncthreads
+  // and __syncwarp, at its last proxy fence; and when each warp last read each 16 bytes of shared memory.
+  struct Fence {
+    uint32_t own, barrier, warp;
+    Known seen;
+  };
+  std::map<uint32_t, PhaseBarrier> barriers_;
+  std::vector<uint32_t> seen_, warp_reads_;
+  std::vector<Fence> proxy_fences_;
   std::string failure_;
 };
 

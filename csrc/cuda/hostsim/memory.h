@@ -71,6 +71,7 @@ struct SharedByte {
   uint32_t write_time = 0, read_time = 0;
   uint16_t writer = kNobody, reader = kNobody;
   State state = unwritten;
+  bool by_bulk = false;  // written by the asynchronous proxy
 };
 
 }  // namespace turbo::hostsim
