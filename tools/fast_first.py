@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pytest
 
-MINUTES = ("e2e", "csrc", "cuda", "types")
-"""Folders and files of tests that start engines, compile or check types."""
+MINUTES = ("e2e", "csrc", "cuda", "types", "upstream")
+"""Folders and files of tests that start engines, compile, check types, or run vLLM's own tests."""
 
 
 def pytest_collection_modifyitems(items: "list[pytest.Item]") -> None:
