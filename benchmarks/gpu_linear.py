@@ -55,7 +55,7 @@ class Bench:
         tiles of one family."""
         device, rows, k = self.device, x.shape[0], x.shape[1]
         processors = torch.cuda.get_device_properties(0).multi_processor_count
-        plan = device.plan(self.layout, rows, processors, wgmma)
+        plan = device.plan(self.layout, rows, processors, wgmma, self.op)
         sizes = (ctypes.byref(plan), ctypes.byref(self.layout), rows)
         library = device.library
         sums = torch.empty(library.tm_cuda_sums_bytes(*sizes), dtype=torch.uint8).cuda()

@@ -193,6 +193,21 @@ def test_an_instruction_set_that_the_processor_lacks_is_refused():
 
 @pytest.mark.slow
 @needs_extension
+def test_what_is_about_gpus_is_refused_on_a_cpu(tmp_path):
+    pytest.importorskip("vllm")
+    assert_refuses(
+        "import vllm_plugin_tm; vllm_plugin_tm.register()",
+        "EnvError",
+        f"VLLM_PLUGIN_TM_CUDA_TUNING='{tmp_path}/tiles.json'",
+        "expected it unset",
+        "this platform is a CPU",
+        VLLM_PLUGIN_TM="1",
+        VLLM_PLUGIN_TM_CUDA_TUNING=str(tmp_path / "tiles.json"),
+    )
+
+
+@pytest.mark.slow
+@needs_extension
 def test_where_no_kernel_runs_upstream_stays_and_the_log_says_so():
     pytest.importorskip("vllm")
     output = assert_runs(

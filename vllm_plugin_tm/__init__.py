@@ -115,6 +115,11 @@ def _usable_gpu() -> bool:
 def _usable_cpu() -> bool:
     from vllm_plugin_tm.kernels import ops
 
+    if envs.cuda_tuning():
+        raise envs.EnvError(
+            f"{envs.CUDA_TUNING.name}={envs.cuda_tuning()!r}: expected it unset, it is about "
+            "kernels for GPUs and this platform is a CPU"
+        )
     wanted = envs.isa()
     if wanted != "auto":
         try:

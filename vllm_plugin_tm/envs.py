@@ -5,6 +5,7 @@ import difflib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 PREFIX = "VLLM_PLUGIN_TM"
 
@@ -63,6 +64,13 @@ def _schemes(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def _file(text: str) -> str:
+    path = Path(text)
+    if text and (path.suffix != ".json" or path.is_dir() or not path.parent.is_dir()):
+        raise ValueError(text)
+    return text
+
+
 SWITCH = Variable(
     name=PREFIX,
     doc="The switch: 1 lets this package's kernels take the layers they support.",
@@ -95,7 +103,18 @@ INT8_ACTIVATIONS = Variable(
     parse=_switch,
 )
 
-VARIABLES: tuple[Variable, ...] = (SWITCH, ISA, TAKEN_SCHEMES, INT8_ACTIVATIONS)
+CUDA_TUNING = Variable(
+    name=f"{PREFIX}_CUDA_TUNING",
+    doc=(
+        "A file of measured tiles of the CUDA kernels: layers that it does not know are measured "
+        "when they are loaded, and added. Results stay the same, bit for bit."
+    ),
+    default="",
+    accepted='"" (tiles are reckoned), the path of a .json file in a folder that exists',
+    parse=_file,
+)
+
+VARIABLES: tuple[Variable, ...] = (SWITCH, ISA, TAKEN_SCHEMES, INT8_ACTIVATIONS, CUDA_TUNING)
 
 
 def enabled() -> bool:
@@ -118,6 +137,11 @@ def schemes() -> tuple[str, ...]:
 def w4a16_int8_activations() -> bool:
     """Whether W4A16 layers are to round their activations to int8."""
     return bool(INT8_ACTIVATIONS.read())
+
+
+def cuda_tuning() -> str:
+    """The file of measured tiles, "" for none."""
+    return str(CUDA_TUNING.read())
 
 
 def validate() -> None:

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "pack.h"
+#include "tuning.h"
 
 namespace {
 
@@ -74,9 +75,11 @@ void tm_cuda_tiles_of(int wgmma, int* first, int* count) {
 }
 int tm_cuda_tile_rows(int tile) { return cuda::tile_rows(tile); }
 
-void tm_cuda_plan_linear(const cuda::Layout* layout, int64_t rows, int multiprocessors, int wgmma,
+int tm_cuda_tile_channels(int tile) { return cuda::tile_channels(tile); }
+
+void tm_cuda_plan_linear(cuda::Scheme scheme, const cuda::Layout* layout, int64_t rows, int multiprocessors, int wgmma,
                          cuda::LinearPlan* plan) {
-  *plan = cuda::plan_linear(*layout, rows, {multiprocessors, wgmma != 0});
+  *plan = cuda::plan_linear(scheme, *layout, rows, {multiprocessors, wgmma != 0});
 }
 int64_t tm_cuda_sums_bytes(const cuda::LinearPlan* plan, const cuda::Layout* layout, int64_t rows) {
   return cuda::sums_bytes(*plan, *layout, rows);
@@ -99,10 +102,22 @@ int tm_cuda_a8_linear(const cuda::LinearA8* args, const cuda::LinearPlan* plan, 
   return report(cuda::a8_linear(*args, *plan, stream), error, error_bytes);
 }
 
-int tm_cuda_plan_moe_tile(int64_t tokens, int64_t top_k, int64_t experts, int wgmma) {
-  return cuda::plan_moe_tile(tokens, top_k, experts, wgmma);
+int tm_cuda_plan_moe_tile(const cuda::Moe* args, int wgmma) {
+  return cuda::plan_moe_tile(*args, wgmma != 0);
 }
 int64_t tm_cuda_moe_bytes(const cuda::Moe* args, int tile) { return cuda::moe_bytes(*args, tile); }
 int tm_cuda_moe(const cuda::Moe* args, int tile, void* stream, char* error, size_t error_bytes) {
   return report(cuda::moe(*args, tile, stream), error, error_bytes);
+}
+
+void tm_cuda_choose_tiles(const int64_t* product, const int64_t* choices, int64_t count) {
+  cuda::choose_tiles(cuda::product_of(product), cuda::choices_of(choices, count));
+}
+void tm_cuda_force_tile(int tile, int apart) {
+  cuda::force_tile(tile < 0 ? std::optional<cuda::TileChoice>() : cuda::TileChoice{0, tile, apart != 0});
+}
+int tm_cuda_last_product(int64_t* product) {
+  const auto last = cuda::last_product();
+  if (last) cuda::write_product(*last, product);
+  return last.has_value();
 }

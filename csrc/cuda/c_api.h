@@ -41,8 +41,9 @@ TM_EXPORT int tm_cuda_tile_count();
 /// The first tile of a device with or without wgmma, and how many it has.
 TM_EXPORT void tm_cuda_tiles_of(int wgmma, int* first, int* count);
 TM_EXPORT int tm_cuda_tile_rows(int tile);
-TM_EXPORT void tm_cuda_plan_linear(const turbo::cuda::Layout* layout, int64_t rows, int multiprocessors,
-                                   int wgmma, turbo::cuda::LinearPlan* plan);
+TM_EXPORT int tm_cuda_tile_channels(int tile);
+TM_EXPORT void tm_cuda_plan_linear(turbo::cuda::Scheme scheme, const turbo::cuda::Layout* layout, int64_t rows,
+                                   int multiprocessors, int wgmma, turbo::cuda::LinearPlan* plan);
 TM_EXPORT int64_t tm_cuda_sums_bytes(const turbo::cuda::LinearPlan* plan, const turbo::cuda::Layout* layout,
                                      int64_t rows);
 TM_EXPORT int64_t tm_cuda_arrived_words(const turbo::cuda::LinearPlan* plan, const turbo::cuda::Layout* layout,
@@ -54,8 +55,16 @@ TM_EXPORT int64_t tm_cuda_code_bytes(int64_t rows, int64_t k);
 TM_EXPORT int tm_cuda_quantize_x(const turbo::cuda::QuantizeX* args, void* stream, char* error, size_t error_bytes);
 TM_EXPORT int tm_cuda_a8_linear(const turbo::cuda::LinearA8* args, const turbo::cuda::LinearPlan* plan, void* stream,
                                 char* error, size_t error_bytes);
-TM_EXPORT int tm_cuda_plan_moe_tile(int64_t tokens, int64_t top_k, int64_t experts, int wgmma);
+TM_EXPORT int tm_cuda_plan_moe_tile(const turbo::cuda::Moe* args, int wgmma);
 TM_EXPORT int64_t tm_cuda_moe_bytes(const turbo::cuda::Moe* args, int tile);
 TM_EXPORT int tm_cuda_moe(const turbo::cuda::Moe* args, int tile, void* stream, char* error, size_t error_bytes);
+
+
+/// tuning.h, in numbers. product: scheme, n, k, groups, experts; choices [count][3]: rows, tile, apart.
+TM_EXPORT void tm_cuda_choose_tiles(const int64_t* product, const int64_t* choices, int64_t count);
+/// A negative tile ends it.
+TM_EXPORT void tm_cuda_force_tile(int tile, int apart);
+/// 1, and the product of this thread's last plan, if there was one.
+TM_EXPORT int tm_cuda_last_product(int64_t* product);
 
 }  // extern "C"

@@ -11,6 +11,8 @@ namespace turbo::cuda {
 
 enum class DType : int { f16, bf16 };
 enum class ScaleType : int { f16, bf16, f32 };
+/// Weights and activations: with a8 x, and what experts have between their products, become int8 codes.
+enum class Scheme : int { w4a16, w4a8, w8a8 };
 
 /// How K is cut into slices whose sums are added in order (split_k.h); of several groups, where one ends. It decides a
 /// result's last bits, so it follows from the weights and the device only.
@@ -36,17 +38,20 @@ struct LinearPlan {
   SlicePlan slices;
   bool apart;       // a block for each slice: for few rows
 };
-/// The smallest tile that covers `rows`, else the one whose blocks take the least time by the cost model of plan.cu; slices
-/// apart where the device has blocks to spare.
-LinearPlan plan_linear(const Layout& layout, int64_t rows, const DeviceTraits& device);
+/// A tile that was chosen by measuring (tuning.h); else the smallest that covers `rows`; else the one whose blocks take the
+/// least time by the cost model of plan.cu. Slices apart where the device has blocks to spare, unless chosen
+/// otherwise.
+LinearPlan plan_linear(Scheme scheme, const Layout& layout, int64_t rows, const DeviceTraits& device);
 
 /// Tile shapes, and the ones of a device: `count` from `first` on, smallest first.
 struct TileRange {
   int first, count;
+  bool has(int tile) const { return tile >= first && tile < first + count; }
 };
 int tile_count();
 TileRange tiles_of(bool wgmma);
 int tile_rows(int tile);
+int tile_channels(int tile);
 
 /// Bytes of `sums`, and words of `arrived`, that a launch of a plan needs; either may be 0.
 int64_t sums_bytes(const LinearPlan& plan, const Layout& layout, int64_t rows);

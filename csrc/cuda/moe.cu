@@ -7,6 +7,7 @@
 #include "experts_launch.h"
 #include "quantize.h"
 #include "routing.h"
+#include "tuning.h"
 
 namespace turbo::cuda {
 namespace {
@@ -14,8 +15,8 @@ namespace {
 constexpr int64_t kMostTiles = 65535;  // of a grid's second axis
 
 int64_t choices_of(const Moe& a) { return a.tokens * a.top_k; }
-bool has_codes(const Moe& a) { return a.scheme != MoeScheme::w4a16; }
-int64_t bits_of(const Moe& a) { return a.scheme == MoeScheme::w8a8 ? 8 : 4; }
+bool has_codes(const Moe& a) { return a.scheme != Scheme::w4a16; }
+int64_t bits_of(const Moe& a) { return a.scheme == Scheme::w8a8 ? 8 : 4; }
 int64_t slabs_of(int64_t k) { return Layout{1, k, 1}.slabs(); }
 
 /// Tiles of rows that there can be: each expert with rows has at most one that is not full.
@@ -103,9 +104,9 @@ std::string refusal(const Moe& a, int tile) {
 
 auto launch_of(const Moe& a) {
   switch (a.scheme) {
-    case MoeScheme::w4a8: return &launch_experts_w4a8;
-    case MoeScheme::w8a8: return &launch_experts_w8a8;
-    case MoeScheme::w4a16: break;
+    case Scheme::w4a8: return &launch_experts_w4a8;
+    case Scheme::w8a8: return &launch_experts_w8a8;
+    case Scheme::w4a16: break;
   }
   return a.dtype == DType::f16 ? &launch_experts_f16 : &launch_experts_bf16;
 }
@@ -194,10 +195,14 @@ Error combine(const Moe& a, const Pieces& pieces, Stream stream) {
 
 }  // namespace
 
-int plan_moe_tile(int64_t tokens, int64_t top_k, int64_t experts, bool wgmma) {
+int plan_moe_tile(const Moe& args, bool wgmma) {
   const TileRange tiles = tiles_of(wgmma);
+  const Layout& w13 = args.w13.layout;
+  const int64_t rows = args.tokens * args.top_k;
+  const auto chosen = chosen_tile({args.scheme, w13.n, w13.k, w13.groups, args.experts}, rows);
+  if (chosen && tiles.has(chosen->tile)) return chosen->tile;
   int tile = tiles.first;
-  while (tile < tiles.first + tiles.count - 1 && tile_rows(tile) * experts < tokens * top_k) ++tile;
+  while (tiles.has(tile + 1) && tile_rows(tile) * args.experts < rows) ++tile;
   return tile;
 }
 

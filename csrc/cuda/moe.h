@@ -10,9 +10,6 @@
 
 namespace turbo::cuda {
 
-/// w4a8 and w8a8: x, and h as it comes in fp32, become codes (linear.h's quantize_x) with a scale per row.
-enum class MoeScheme : int { w4a16, w4a8, w8a8 };
-
 /// Weights of one product for all experts, one expert after another, each as layout.h says; bias fp32 [experts, padded
 /// n] in the order of the packed channels, or nullptr. The tiles of a gated w13 alternate: 16 gate channels, 16 up
 /// channels, so its layout has n = 2 * (intermediate up to a multiple of 16).
@@ -25,12 +22,12 @@ struct ExpertWeights {
 };
 
 /// y[t] = sum over t's experts of weight * down(h), as csrc/cpu/moe.h has it: products and activation in fp32, h rounded
-/// once to dtype or to codes, experts added in ascending order. Device pointers; x [tokens, hidden] with unit inner
+/// once to dtype or to codes (linear.h's quantize_x, with a scale per row), experts added in ascending order. Device pointers; x [tokens, hidden] with unit inner
 /// stride, y contiguous. Scales of weights are of dtype in w4a16, of scale_type in the others (16 bits where there are
 /// several groups). ids [tokens, top_k] of int32 or int64 and expert_map [known] as in routing.h: an id that names no expert
 /// here adds nothing, whatever it is, because no host looks at it. memory: moe_bytes at a multiple of 256.
 struct Moe {
-  MoeScheme scheme;
+  Scheme scheme;
   DType dtype;
   ScaleType scale_type;
   int64_t tokens, top_k, experts, known, hidden, intermediate;
@@ -46,9 +43,9 @@ struct Moe {
   void* memory;
 };
 
-/// The smallest tile that covers as many rows as an expert has on average, else the largest, of a device's (linear.h). It
-/// changes no bit.
-int plan_moe_tile(int64_t tokens, int64_t top_k, int64_t experts, bool wgmma);
+/// A tile that was chosen by measuring (tuning.h); else the smallest of the device's that covers as many rows as an expert
+/// has on average, else the largest. It changes no bit.
+int plan_moe_tile(const Moe& args, bool wgmma);
 int64_t moe_bytes(const Moe& args, int tile);
 /// Starts five kernels on `stream`, seven where there are codes. Does not wait, allocates nothing, and can be captured into a graph. Empty, or why
 /// it did not start.

@@ -4,6 +4,7 @@
 
 #include "linear.h"
 #include "tiles.h"
+#include "tuning.h"
 
 namespace turbo::cuda {
 namespace {
@@ -14,17 +15,23 @@ constexpr int64_t kMostSlices = 16;
 // Blocks of the smallest tiles that keep a multiprocessor busy: four warps each.
 constexpr int64_t kBlocksPerMultiprocessor = 2;
 
-// The cost model: rough cycles of a multiprocessor, from data sheets. Only their ratios count, and only between tiles of
-// one device: products of a cycle and bytes that a cycle brings, what a block costs before its first product and after
-// its last, and bytes that each sum of a slice goes to memory and back.
-constexpr int64_t kProducts = 1024, kBytes = 64, kBlockCycles = 1000, kSliceBytes = 8;
+// The cost model: rough cycles of a multiprocessor. Only their ratios count, and only between tiles of one device: products
+// of a cycle, by the data sheets of A100 and H100, and bytes that L2 brings in one, how much of the shorter of the two
+// the longer one hides (all but one in kHidden), what a block costs before its first product and after its last, and bytes
+// that each sum of a slice goes to memory and back.
+struct Rates {
+  int64_t products, bytes;
+};
+constexpr Rates kMmaRates{1024, 48}, kWgmmaRates{2048, 40};
+constexpr int64_t kHidden = 8, kBlockCycles = 1000, kSliceBytes = 8;
 
 struct Shape {
+  Family family;
   int channels, rows, threads, vectors;
 };
 template <class Tile>
 constexpr Shape shape() {
-  return {Tile::kChannels, Tile::kRows, Tile::kThreads, Tile::kSlabs * Tile::kColumns};
+  return {Tile::kFamily, Tile::kChannels, Tile::kRows, Tile::kThreads, Tile::kSlabs * Tile::kColumns};
 }
 #define TM_SHAPE(...) shape<TileShape<__VA_ARGS__>>(),
 #define TM_SMALL_GROUP_SHAPE(...) shape<SmallGroupTile<TileShape<__VA_ARGS__>>::Shape>(),
@@ -49,10 +56,12 @@ int64_t cycles(const Shape& shape, const Layout& layout, int64_t rows, const Sli
   const bool apart = runs_apart(shape, layout, rows, slices, multiprocessors);
   const int64_t blocks = blocks_of(shape, layout, rows) * (apart ? slices.count : 1);
   const int64_t area = int64_t{shape.channels} * shape.rows;
-  const int64_t multiply = area * kSlabK / kProducts;
-  const int64_t bring = (shape.channels * layout.bits / 8 + shape.rows * 2) * kSlabK / kBytes;
-  const int64_t block = (apart ? slices.slabs : layout.slabs()) * std::max(multiply, bring) + kBlockCycles +
-                        (slices.count > 1 ? area * kSliceBytes / kBytes : 0);
+  const Rates& rates = shape.family == Family::wgmma ? kWgmmaRates : kMmaRates;
+  const int64_t multiply = area * kSlabK / rates.products;
+  const int64_t bring = (shape.channels * layout.bits / 8 + shape.rows * 2) * kSlabK / rates.bytes;
+  const int64_t slab = std::max(multiply, bring) + std::min(multiply, bring) / kHidden;
+  const int64_t block = (apart ? slices.slabs : layout.slabs()) * slab + kBlockCycles +
+                        (slices.count > 1 ? area * kSliceBytes / rates.bytes : 0);
   return ceil_div(blocks, multiprocessors) * block;
 }
 
@@ -68,8 +77,14 @@ SlicePlan plan_slices(const Layout& layout, int multiprocessors) {
   return {static_cast<int>(ceil_div(slabs, length)), static_cast<int>(length)};
 }
 
-LinearPlan plan_linear(const Layout& layout, int64_t rows, const DeviceTraits& device) {
+LinearPlan plan_linear(Scheme scheme, const Layout& layout, int64_t rows, const DeviceTraits& device) {
   const TileRange tiles = tiles_of(device.wgmma);
+  const auto chosen = chosen_tile({scheme, layout.n, layout.k, layout.groups, 0}, rows);
+  if (chosen && tiles.has(chosen->tile)) {
+    const SlicePlan slices = plan_slices(layout, device.multiprocessors);
+    const Shape& shape = shape_of(chosen->tile, layout);
+    return {chosen->tile, slices, chosen->apart && runs_apart(shape, layout, rows, slices, device.multiprocessors)};
+  }
   const int last = tiles.first + tiles.count - 1;
   LinearPlan plan{tiles.first, plan_slices(layout, device.multiprocessors), false};
   while (plan.tile < last && tile_rows(plan.tile) < rows) ++plan.tile;
@@ -88,6 +103,7 @@ int64_t code_bytes(int64_t rows, int64_t k) { return rows * Layout{1, k, 1}.slab
 int tile_count() { return kTileCount; }
 TileRange tiles_of(bool wgmma) { return wgmma ? TileRange{kMmaTiles, kTileCount - kMmaTiles} : TileRange{0, kMmaTiles}; }
 int tile_rows(int tile) { return kShapes[0][tile].rows; }
+int tile_channels(int tile) { return kShapes[0][tile].channels; }
 
 int64_t sums_bytes(const LinearPlan& plan, const Layout& layout, int64_t rows) {
   if (plan.slices.count == 1) return 0;

@@ -6,8 +6,9 @@
 
 namespace turbo::cuda {
 
-/// Calls X(family, channels, rows, warps along channels, warps along rows, stages, blocks of a multiprocessor), smallest
-/// first in each family. Stages are what keeps memory busy while few rows are multiplied; shared memory of the first family
+/// Calls X(family, channels, rows, warps along channels, warps along rows, stages, blocks of a multiprocessor), fewest rows
+/// first in each family. Many channels of few bits are cheaper to bring than as many rows of x: with wgmma, which is twice as
+/// fast as what L2 was built for, 256 channels meet 64 rows. Stages are what keeps memory busy while few rows are multiplied; shared memory of the first family
 /// stays below the 99 KiB that a block of sm_86 and sm_89 may have. No device runs both: mma.sync and wgmma are not
 /// known to sum in the same order, and a row must have its bits in every tile.
 #define TM_TILES(X)                      \
@@ -20,6 +21,7 @@ namespace turbo::cuda {
   X(Family::wgmma, 128, 16, 4, 1, 8, 3)  \
   X(Family::wgmma, 128, 32, 4, 1, 6, 2)  \
   X(Family::wgmma, 128, 64, 4, 1, 6, 2)  \
+  X(Family::wgmma, 256, 64, 8, 1, 6, 1)  \
   X(Family::wgmma, 128, 128, 8, 1, 6, 1)
 
 /// The shape that takes a shape's place for groups of 32 with mma.sync, whose totals and sums are all alive at once: where a warp has

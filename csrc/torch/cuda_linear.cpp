@@ -63,8 +63,8 @@ struct Call {
     return true;
   }
 
-  cuda::LinearPlan plan(void* stream) {
-    const cuda::LinearPlan plan = cuda::plan_linear(args.layout, args.rows, device_traits(op, device));
+  cuda::LinearPlan plan(cuda::Scheme scheme, void* stream) {
+    const cuda::LinearPlan plan = cuda::plan_linear(scheme, args.layout, args.rows, device_traits(op, device));
     const int64_t bytes = cuda::sums_bytes(plan, args.layout, args.rows);
     const int64_t words = cuda::arrived_words(plan, args.layout, args.rows);
     if (bytes) sums = torch::stable::new_empty(x, std::vector<int64_t>{bytes / 4}, ScalarType::Float);
@@ -85,7 +85,7 @@ Tensor w4a16_linear(Tensor x, Tensor weight, Tensor scale, MaybeTensor zero_poin
   if (!call.begin()) return call.y;
   const accelerator::DeviceGuard guard(call.device);
   void* stream = accelerator::getCurrentStream(call.device).nativeHandle();
-  const cuda::LinearPlan plan = call.plan(stream);
+  const cuda::LinearPlan plan = call.plan(cuda::Scheme::w4a16, stream);
   check_error(cuda::w4a16_linear(call.args, plan, stream));
   return call.y;
 }
@@ -123,7 +123,7 @@ Tensor multiply_codes(Call& call, cuda::ScaleType scale_type, const Rounding& ro
   quantize.scale = static_cast<float*>(x_scale.data_ptr());
   quantize.zero = rounding.has_zeros() ? static_cast<int32_t*>(x_zero.data_ptr()) : nullptr;
 
-  const cuda::LinearPlan plan = call.plan(stream);
+  const cuda::LinearPlan plan = call.plan(call.args.layout.bits == 8 ? cuda::Scheme::w8a8 : cuda::Scheme::w4a8, stream);
   call.args.x = codes.const_data_ptr();
   const cuda::LinearA8 args{call.args, scale_type, quantize.scale, quantize.zero,
                             rounding.has_zeros() ? weight_sum : nullptr};

@@ -20,7 +20,7 @@ int64_t groups_of(int64_t k, int64_t scale_rows) {
 /// What the ops differ in.
 struct Scheme {
   const char* op;
-  cuda::MoeScheme scheme;
+  cuda::Scheme scheme;
   int64_t bits;
 };
 
@@ -59,8 +59,8 @@ Tensor multiply(const Scheme& s, Tensor x, Tensor topk_weights, Tensor topk_ids,
   cuda::Moe m{};
   m.scheme = s.scheme;
   m.dtype = half_dtype(op, "x", x.scalar_type());
-  const ScalarType type = s.scheme == cuda::MoeScheme::w4a16  ? x.scalar_type()
-                          : s.scheme == cuda::MoeScheme::w8a8 ? ScalarType::Float
+  const ScalarType type = s.scheme == cuda::Scheme::w4a16  ? x.scalar_type()
+                          : s.scheme == cuda::Scheme::w8a8 ? ScalarType::Float
                                                               : w13_scale.scalar_type();
   m.scale_type = scale_type_of(op, "w13_scale", type);
   m.tokens = x.size(0);
@@ -94,7 +94,7 @@ Tensor multiply(const Scheme& s, Tensor x, Tensor topk_weights, Tensor topk_ids,
   if (m.tokens == 0) return y;
   if (x.stride(1) != 1) x = torch::stable::contiguous(x);
   const accelerator::DeviceGuard guard(device);
-  const int tile = cuda::plan_moe_tile(m.tokens, m.top_k, m.experts, device_traits(op, device).wgmma);
+  const int tile = cuda::plan_moe_tile(m, device_traits(op, device).wgmma);
   Tensor memory = torch::stable::new_empty(x, std::vector<int64_t>{cuda::moe_bytes(m, tile)}, ScalarType::Byte);
   m.x = x.const_data_ptr();
   m.x_stride = x.stride(0);
@@ -108,15 +108,15 @@ Tensor multiply(const Scheme& s, Tensor x, Tensor topk_weights, Tensor topk_ids,
 }
 
 Tensor w4a16_moe(TM_MOE_PARAMETERS(MaybeTensor)) {
-  return multiply({"w4a16_moe", cuda::MoeScheme::w4a16, 4}, TM_MOE_ARGUMENTS);
+  return multiply({"w4a16_moe", cuda::Scheme::w4a16, 4}, TM_MOE_ARGUMENTS);
 }
 Tensor w4a8_moe(TM_MOE_PARAMETERS(MaybeTensor), bool x_groups) {
-  constexpr Scheme kScheme{"w4a8_moe", cuda::MoeScheme::w4a8, 4};
+  constexpr Scheme kScheme{"w4a8_moe", cuda::Scheme::w4a8, 4};
   check_no_x_groups(kScheme.op, x_groups);
   return multiply(kScheme, TM_MOE_ARGUMENTS);
 }
 Tensor w8a8_moe(TM_MOE_PARAMETERS(Tensor)) {
-  return multiply({"w8a8_moe", cuda::MoeScheme::w8a8, 8}, TM_MOE_ARGUMENTS);
+  return multiply({"w8a8_moe", cuda::Scheme::w8a8, 8}, TM_MOE_ARGUMENTS);
 }
 
 }  // namespace

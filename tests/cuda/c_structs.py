@@ -4,6 +4,8 @@
 import ctypes
 
 _POINTERS = ctypes.c_void_p
+# turbo::cuda::Scheme
+SCHEMES = ("w4a16", "w4a8", "w8a8")
 
 
 class Layout(ctypes.Structure):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from c_structs import Layout, Linear, LinearA8, Pack, Plan, QuantizeX
+from c_structs import SCHEMES, Layout, Linear, LinearA8, Moe, Pack, Plan, QuantizeX
 from torch import Tensor
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -68,8 +68,9 @@ class Device(ABC):
         self.declare("tm_cuda_code_bytes", size, size, size)
         self.declare("tm_cuda_moe_bytes", size, pointer, ctypes.c_int)
         number = ctypes.c_int
-        self.declare("tm_cuda_plan_moe_tile", number, size, size, size, number)
-        self.declare("tm_cuda_plan_linear", None, pointer, size, number, number, pointer)
+        self.declare("tm_cuda_plan_moe_tile", number, pointer, number)
+        self.declare("tm_cuda_plan_linear", None, number, pointer, size, number, number, pointer)
+        self.declare("tm_cuda_choose_tiles", None, pointer, pointer, size)
         self.declare("tm_cuda_tiles_of", None, number, pointer, pointer)
 
     def declare(self, name: str, result: type | None, *arguments: type) -> None:
@@ -125,6 +126,10 @@ class Device(ABC):
         if not self.wgmma and tile in self.tiles_of(True):
             pytest.skip("a tile of compute capability 9.0 alone")
 
+    def tile_channels(self, tile: int) -> int:
+        """Channels that a tile covers."""
+        return self.library.tm_cuda_tile_channels(tile)
+
     def tile_rows(self, tile: int) -> int:
         """Rows of x that a tile covers."""
         return self.library.tm_cuda_tile_rows(tile)
@@ -169,12 +174,18 @@ class Device(ABC):
         return Packed(layout, weight, packed_scale, zero, sums)
 
     def plan(
-        self, layout: Layout, rows: int, multiprocessors: int = 132, wgmma: bool | None = None
+        self,
+        layout: Layout,
+        rows: int,
+        multiprocessors: int = 132,
+        wgmma: bool | None = None,
+        scheme: str = "w4a16",
     ) -> Plan:
         """What the backend would launch on a device of so many multiprocessors; wgmma None: as this
         device has it."""
         plan = Plan()
         self.library.tm_cuda_plan_linear(
+            SCHEMES.index(scheme),
             ctypes.byref(layout),
             rows,
             multiprocessors,
@@ -183,9 +194,17 @@ class Device(ABC):
         )
         return plan
 
-    def plan_moe_tile(self, tokens: int, top_k: int, experts: int) -> int:
+    def plan_moe_tile(self, args: Moe) -> int:
         """The tile that the backend would take for experts."""
-        return self.library.tm_cuda_plan_moe_tile(tokens, top_k, experts, self.wgmma)
+        return self.library.tm_cuda_plan_moe_tile(ctypes.byref(args), self.wgmma)
+
+    def choose_tiles(self, product: Tensor, choices: Tensor) -> None:
+        """Numbers as csrc/cuda/c_api.h has them, int64."""
+        self.library.tm_cuda_choose_tiles(product.data_ptr(), choices.data_ptr(), len(choices))
+
+    def last_product(self, out: Tensor) -> bool:
+        """Writes what the last plan was for to int64 [5], if there was one."""
+        return bool(self.library.tm_cuda_last_product(ctypes.c_void_p(out.data_ptr())))
 
     @contextmanager
     def rows(self, x: Tensor, place: Place) -> Iterator[int]:

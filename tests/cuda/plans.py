@@ -3,8 +3,8 @@
 
 from c_structs import Layout, Plan
 
-TILES = 10
-# The tiles of a device without wgmma and of one with it, smallest first.
+TILES = 11
+# The tiles of a device without wgmma and of one with it, fewest rows first.
 FAMILIES = {"mma": range(5), "wgmma": range(5, TILES)}
 # Slices of K, and whether each has blocks of its own.
 SLICES = ((1, False), (2, True), (2, False), (3, True), (5, True), (5, False))

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from c_structs import Activation, ExpertWeights, Moe
+from c_structs import SCHEMES, Activation, ExpertWeights, Moe
 from cuda_device import DTYPES, Device, Packed, Place
 from moe_cases import Call, MoeLayer
 from torch import Tensor
@@ -16,8 +16,6 @@ from vllm_plugin_tm.kernels import moe_activation
 from vllm_plugin_tm.kernels.reference_moe import Experts
 
 PLAIN = Place()
-# turbo::cuda::MoeScheme
-SCHEMES = ("w4a16", "w4a8", "w8a8")
 # turbo::kActivationNames
 ACTIVATIONS = (
     *("swiglu", "swiglustep", "situ", "gelu", "gelu_tanh", "silu_no_mul"),
@@ -132,8 +130,6 @@ def launch(
     experts = packed.w13.weight.numel() // (
         -(-weights.n // 64) * -(-weights.k // 64) * 64 * 64 * weights.bits // 32
     )
-    if tile is None:
-        tile = sim.plan_moe_tile(tokens, top_k, experts)
     a = call.activation
     with ExitStack() as stack:
         enter = stack.enter_context
@@ -156,6 +152,8 @@ def launch(
         y = enter(sim.array("y", call.x.numel() * 2))
         assert y is not None
         args.y = y
+        if tile is None:
+            tile = sim.plan_moe_tile(args)
         room = sim.library.tm_cuda_moe_bytes(ctypes.byref(args), tile)
         args.memory = enter(sim.array("memory", room))
         sim.call("tm_cuda_moe", ctypes.byref(args), tile, None)

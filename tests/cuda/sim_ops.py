@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from c_structs import Layout
+from c_structs import Layout, Plan
 from cuda_device import Device, Packed, Rounding
 from sim_moe import PackedLayer, Routed, launch
 from torch import Tensor
@@ -25,6 +25,18 @@ class Ops:
 
     def __init__(self, sim: Device) -> None:
         self.sim = sim
+
+    def cuda_tiles(self, device: int, out: Tensor) -> int:
+        """Index, family, channels and rows of each tile."""
+        tiles = self.sim.tiles_of(self.sim.wgmma)
+        for row, tile in zip(out, tiles, strict=False):
+            sizes = (self.sim.tile_channels(tile), self.sim.tile_rows(tile))
+            row[:] = torch.tensor((tile, self.sim.wgmma, *sizes))
+        return len(tiles)
+
+    def cuda_force_tile(self, tile: int, apart: bool) -> None:
+        """Until it is called with -1."""
+        self.sim.library.tm_cuda_force_tile(tile, apart)
 
     def w4a16_pack(
         self,
@@ -58,7 +70,7 @@ class Ops:
         )
         return packed.weight.view(shapes[0]), packed.scale.view(shapes[1]), zero
 
-    def four_bits(self, launch: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def four_bits(self, scheme: str, launch: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The op w4a16_linear or w4a8_linear, by the device's launch of it: y [..., n]."""
 
         def run(
@@ -73,7 +85,9 @@ class Ops:
         ) -> Tensor:
             assert not x_groups, "no CUDA kernel rounds by groups"
             packed = Packed(self._layout(x, n, group_size, 4), weight, scale, zero_point)
-            return self._rows(x, packed, lambda rows, plan: launch(rows, packed, bias, plan))
+            return self._rows(
+                scheme, x, packed, lambda rows, plan: launch(rows, packed, bias, plan)
+            )
 
         return run
 
@@ -92,21 +106,25 @@ class Ops:
         """y [..., n]."""
         packed = Packed(self._layout(x, n, -1, 8), weight, scale, None, weight_sum)
         rounding = Rounding(x_symmetric, x_scale, x_zero_point)
-        return self._rows(
-            x, packed, lambda rows, plan: self.sim.a8_linear(rows, packed, bias, plan, rounding)
-        )
+
+        def run(rows: Tensor, plan: Plan) -> Tensor:
+            return self.sim.a8_linear(rows, packed, bias, plan, rounding)
+
+        return self._rows("w8a8", x, packed, run)
 
     @staticmethod
     def _layout(x: Tensor, n: int, group_size: int, bits: int) -> Layout:
         k = x.shape[-1]
         return Layout(n, k, 1 if group_size in (-1, k) else k // group_size, bits)
 
-    def _rows(self, x: Tensor, packed: Packed, run: Callable[[Tensor, Any], Tensor]) -> Tensor:
+    def _rows(
+        self, scheme: str, x: Tensor, packed: Packed, run: Callable[[Tensor, Plan], Tensor]
+    ) -> Tensor:
         n = packed.layout.n
         rows = x.reshape(-1, x.shape[-1])
         if len(rows) == 0:
             return x.new_empty((*x.shape[:-1], n))
-        y = run(rows, self.sim.plan(packed.layout, len(rows)))
+        y = run(rows, self.sim.plan(packed.layout, len(rows), scheme=scheme))
         return y.view(*x.shape[:-1], n)
 
     def moe(self, scheme: str) -> Callable[..., Tensor]:
@@ -154,11 +172,14 @@ def use_simulator(monkeypatch: pytest.MonkeyPatch, sim: Device) -> Ops:
     monkeypatch.setattr(selftest, "_results", {})
     names = ("w4a16_pack", "w8a8_pack", "w8a8_linear")
     replaced: dict[str, Any] = {name: getattr(made, name) for name in names}
-    replaced["w4a16_linear"] = made.four_bits(sim.w4a16_linear)
-    replaced["w4a8_linear"] = made.four_bits(sim.a8_linear)
+    replaced["w4a16_linear"] = made.four_bits("w4a16", sim.w4a16_linear)
+    replaced["w4a8_linear"] = made.four_bits("w4a8", sim.a8_linear)
     replaced |= {f"{scheme}_moe": made.moe(scheme) for scheme in ("w4a16", "w4a8", "w8a8")}
+    replaced |= {name: getattr(made, name) for name in ("cuda_tiles", "cuda_force_tile")}
+    replaced |= {"cuda_choose_tiles": sim.choose_tiles, "cuda_last_product": sim.last_product}
     for name, op in replaced.items():
-        monkeypatch.setattr(torch.ops.vllm_plugin_tm, name, op)
+        # Some exist only where a GPU's library was built.
+        monkeypatch.setattr(torch.ops.vllm_plugin_tm, name, op, raising=False)
     return made
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import sim_moe
 import torch
+from c_structs import SCHEMES
 from cuda_device import Device, DeviceError, Place
 from linear_cases import assert_right, pairwise
 from moe_cases import ACTIVATIONS, Call, MoeLayer, Shape, make_call, make_moe
 from plans import FAMILIES, TILES
 from sim_device import DESCENDING, SHUFFLED
-from sim_moe import SCHEMES
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -181,7 +181,7 @@ def test_no_tokens(sim: Device) -> None:
 def test_what_does_not_fit_is_refused(sim: Device) -> None:
     call = make_call(_layer(), 3, 2, torch.float16)
     packed = sim_moe.pack_layer(sim, call.layer)
-    with pytest.raises(DeviceError, match="tile 10: expected 0 to 9"):
+    with pytest.raises(DeviceError, match="tile 11: expected 0 to 10"):
         sim_moe.run(sim, call, packed, TILES)
     packed.w2.layout.n = 64
     with pytest.raises(DeviceError, match=r"w2: 4 bits \[64, 64\]: expected 4 bits \[128, 64\]"):

@@ -17,7 +17,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     initialize_online_processing,
 )
 
-from vllm_plugin_tm import heap, layer_table
+from vllm_plugin_tm import envs, heap, layer_table, machine, tuning
 from vllm_plugin_tm.quantization import fused_parts, load_check
 from vllm_plugin_tm.quantization.online.config import TMOnlineConfig
 from vllm_plugin_tm.quantization.online.head import quantize_head
@@ -51,6 +51,8 @@ class _LayerTable(BaseModelLoader):
         rows = layer_table.collect(model)
         layer_table.remember(rows)
         logger.info("%s", layer_table.render(rows))
+        if envs.cuda_tuning() and machine.device() == "cuda":
+            tuning.tune_loaded(model, envs.cuda_tuning())
         return model
 
     def create_model(

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measured choices of tiles: what is chosen, kept and read again, with the simulator for a GPU and
+a clock that says which tile is fast."""
+
+import json
+import logging
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from c_structs import Layout
+from sim_device import Simulator
+
+from vllm_plugin_tm.kernels import ops
+
+if not ops.is_available():
+    pytest.skip(
+        "the compiled extension is not installed: vLLM's side needs it", allow_module_level=True
+    )
+
+import sim_ops
+import tiny_llama
+import tiny_moe
+from served_model import quantized
+
+from vllm_plugin_tm import envs, tuning
+from vllm_plugin_tm.patch import apply
+
+ROWS = (1, 20)
+FAST = {1: "mma 128x16", 20: "mma 128x64"}  # by the number of rows
+LAYERS = 4  # kinds of tiny_llama's: qkv, o, gate_up, down
+
+
+class Clock:
+    """A device on which one tile is fast for each number of rows; the others are not."""
+
+    def __init__(self, force: Callable[[int, bool], None], name: str = "a GPU") -> None:
+        self.name, self.measured = name, 0
+        self._force = force
+        self._forced = (-1, False)
+
+    def tiles(self) -> dict[str, int]:
+        """As a GPU has them."""
+        return tuning.tiles(0)
+
+    def force(self, tile: int, apart: bool) -> None:
+        """Notes what is measured next."""
+        self._forced = (tile, apart)
+        self._force(tile, apart)
+
+    def seconds(self, run: Callable[[], Any]) -> float:
+        """Runs once; apart slices are the slow ones."""
+        self.measured += 1
+        rows = run().shape[0]
+        tile, apart = self._forced
+        fast = tile == self.tiles().get(FAST.get(rows, ""))
+        return 1e-6 * (1 if fast else 3) + 1e-7 * apart
+
+
+@pytest.fixture
+def clock(simulated: Simulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+    """This process's device is CUDA; choices are taken back afterwards."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    chosen = []
+
+    def choose(product: torch.Tensor, choices: torch.Tensor) -> None:
+        chosen.append(product)
+        simulated.choose_tiles(product, choices)
+
+    sim_ops.use_simulator(monkeypatch, simulated)
+    clock = Clock(torch.ops.vllm_plugin_tm.cuda_force_tile)
+    monkeypatch.setattr(torch.ops.vllm_plugin_tm, "cuda_force_tile", clock.force)
+    monkeypatch.setattr(torch.ops.vllm_plugin_tm, "cuda_choose_tiles", choose)
+    apply.apply()
+    yield clock
+    apply.remove()
+    for product in chosen:
+        simulated.choose_tiles(product, torch.empty(0, 3, dtype=torch.int64))
+
+
+def _load(folder: Path) -> torch.nn.Module:
+    quantized(tiny_llama)(folder, 0)
+    return tiny_llama.load(folder)
+
+
+def _layer(model: torch.nn.Module, rows: int) -> torch.Tensor:
+    module: Any = model.get_submodule("model.layers.0.self_attn.qkv_proj")
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, module.input_size_per_partition, generator=generator).bfloat16()
+    y: torch.Tensor = module.quant_method.apply(module, x)
+    return y
+
+
+def test_the_fastest_tile_is_chosen_and_kept(
+    clock: Clock, simulated: Simulator, tmp_path: Path
+) -> None:
+    """Plans take it, results stay what they are, and the file's second reader measures nothing."""
+    model = _load(tmp_path)
+    path = tmp_path / "tiles.json"
+    before = {rows: _layer(model, rows) for rows in (1, 20, 70)}
+    assert tuning.tune(model, path, clock, ROWS) == (LAYERS, LAYERS)
+    assert clock.measured == LAYERS * len(ROWS) * len(clock.tiles()) * 2
+    (found,) = tuning.read(path).values()
+    assert len(found.products) == LAYERS
+    numbers = clock.tiles()
+    for product, choices in found.products.items():
+        assert [(c.rows, c.tile, c.apart) for c in choices] == [
+            (rows, FAST[rows], False) for rows in ROWS
+        ]
+        assert [c.us for c in choices] == [1.0, 1.0]
+        layout = Layout(product.n, product.k, product.groups)
+        for rows, tile in ((1, FAST[1]), (2, FAST[20]), (20, FAST[20])):
+            assert simulated.plan(layout, rows).tile == numbers[tile]
+        # Beyond the last, and for other products, plans reckon.
+        assert simulated.tile_rows(simulated.plan(layout, 21).tile) == 32
+        assert simulated.tile_rows(simulated.plan(layout, 20, scheme="w4a8").tile) == 32
+    assert all(torch.equal(_layer(model, rows), y) for rows, y in before.items())
+    clock.measured = 0
+    assert tuning.tune(model, path, clock, ROWS) == (0, LAYERS)
+    assert clock.measured == 0
+
+
+def test_slices_run_apart_only_where_they_may(clock: Clock, simulated: Simulator) -> None:
+    """A choice cannot ask for more counters than a device has multiprocessors."""
+    layout = Layout(512, 4096, 32)
+    numbers = clock.tiles()
+    product = torch.tensor([0, 512, 4096, 32, 0])
+    for apart in (True, False):
+        choice = torch.tensor([[10_000, numbers["mma 128x8"], apart]])
+        torch.ops.vllm_plugin_tm.cuda_choose_tiles(product, choice)
+        assert simulated.plan(layout, 8).slices > 1
+        assert simulated.plan(layout, 8).apart == apart
+        assert not simulated.plan(layout, 10_000).apart
+
+
+@pytest.mark.slow
+def test_experts_are_chosen_for(clock: Clock, tmp_path: Path) -> None:
+    """By their first product, whatever their second is; rows are tokens times choices."""
+    quantized(tiny_moe, symmetric=False, group=32)(tmp_path, 0)
+    model = tiny_llama.load(tmp_path)
+    path = tmp_path / "tiles.json"
+    measured, known = tuning.tune(model, path, clock, (8,))
+    (found,) = tuning.read(path).values()
+    experts = [product for product in found.products if product.experts]
+    assert len(experts) == 1
+    assert experts[0].scheme == "w4a16"
+    assert experts[0].experts == 4
+    assert measured == known == len(found.products)
+
+
+def test_other_devices_and_other_tiles_are_measured_again(clock: Clock, tmp_path: Path) -> None:
+    """What another GPU was measured on stays in the file; what other kernels were, does not."""
+    model = _load(tmp_path)
+    path = tmp_path / "tiles.json"
+    tuning.tune(model, path, clock, (1,))
+    clock.name = "another GPU"
+    assert tuning.tune(model, path, clock, (1,)) == (LAYERS, LAYERS)
+    assert set(tuning.read(path)) == {"a GPU", "another GPU"}
+    text = path.read_text().replace("mma 128x8", "mma 128x9")
+    path.write_text(text)
+    assert tuning.tune(model, path, clock, (1,)) == (LAYERS, LAYERS)
+    devices = tuning.read(path)
+    assert devices["another GPU"].tiles == list(clock.tiles())
+    assert "mma 128x9" in devices["a GPU"].tiles
+
+
+def test_tiles_of_wgmma_have_names_of_their_own(clock: Clock, simulated: Simulator) -> None:
+    mma = clock.tiles()
+    with simulated.with_wgmma():
+        wgmma = clock.tiles()
+    assert all(name.startswith("mma ") for name in mma)
+    assert all(name.startswith("wgmma ") for name in wgmma)
+    assert not set(mma.values()) & set(wgmma.values())
+
+
+GOOD: dict[str, Any] = {"format": tuning.FORMAT, "devices": {}}
+ENTRY: dict[str, Any] = {"scheme": "w4a16", "n": 64, "k": 64, "groups": 1, "experts": 0}
+
+
+def _device(**entry: Any) -> dict[str, Any]:
+    product = ENTRY | {"choices": []} | entry
+    return GOOD | {"devices": {"a GPU": {"tiles": ["mma 128x8"], "products": [product]}}}
+
+
+def _choices(*rows: int, tile: str = "mma 128x8") -> list[dict[str, Any]]:
+    return [{"rows": count, "tile": tile, "apart": True, "us": 1.0} for count in rows]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "is not a file of measured tiles"),
+        ("[]", "is not a file of measured tiles"),
+        ({"format": "something else"}, "format 'something else', expected 'vllm-plugin-tm tuning"),
+        ({"format": tuning.FORMAT}, "KeyError"),
+        (_device(scheme="w9a9"), "scheme 'w9a9'"),
+        (_device(choices=_choices(8, 8)), "choices of"),
+        (_device(choices=_choices(8, 1)), "choices of"),
+        (_device(choices=_choices(8, tile="mma 1x1")), "choices of"),
+        (_device(choices=[{"rows": 1}]), "TypeError"),
+    ],
+)
+def test_files_that_are_none_of_ours(tmp_path: Path, content: Any, reason: str) -> None:
+    path = tmp_path / "tiles.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(tuning.TuningError, match=reason) as caught:
+        tuning.read(path)
+    assert str(path) in str(caught.value)
+
+
+def test_files_are_read_as_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "tiles.json"
+    assert tuning.read(path) == {}
+    path.write_text(json.dumps(_device(choices=_choices(1, 8))))
+    devices = tuning.read(path)
+    tuning.write(path, devices)
+    assert tuning.read(path) == devices
+    assert [entry.name for entry in tmp_path.iterdir()] == ["tiles.json"]
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    """Whoever may write anywhere is told by a folder in its place."""
+    path = tmp_path / "tiles.json"
+    path.with_name("tiles.json.partial").mkdir()
+    with pytest.raises(tuning.TuningError, match=r"tiles\.json: "):
+        tuning.write(path, {})
+    assert not path.exists()
+    with pytest.raises(tuning.TuningError, match=r"missing/tiles\.json: "):
+        tuning.tune(torch.nn.Linear(1, 1), tmp_path / "missing" / "tiles.json", _Named())
+
+
+class _Named:
+    name = "a GPU"
+
+    def tiles(self) -> dict[str, int]:
+        return {}
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        raise AssertionError(run)
+
+
+def test_models_are_tuned_when_they_are_loaded(
+    clock: Clock,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Where the variable names a file, and the log says so."""
+    path = tmp_path / "tiles.json"
+    monkeypatch.setattr(tuning, "Gpu", lambda: clock)
+    monkeypatch.setattr(tuning.tune, "__defaults__", (ROWS,))
+    _load(tmp_path)
+    assert not path.exists()
+    monkeypatch.setenv("VLLM_PLUGIN_TM_CUDA_TUNING", str(path))
+    with caplog.at_level(logging.INFO, logger="vllm.plugin_tm"):
+        tiny_llama.load(tmp_path)
+    assert f"for {LAYERS} kinds of layers by {path}, of which {LAYERS} were measured" in caplog.text
+    assert stat.S_ISREG(path.stat().st_mode)
+    tiny_llama.load(tmp_path)
+    assert f"for {LAYERS} kinds of layers by {path}, of which 0 were measured" in caplog.text
+
+
+def test_the_variable_names_a_file_in_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_PLUGIN_TM_CUDA_TUNING", raising=False)
+    assert envs.cuda_tuning() == ""
+    monkeypatch.setenv("VLLM_PLUGIN_TM_CUDA_TUNING", str(tmp_path / "tiles.json"))
+    assert envs.cuda_tuning() == str(tmp_path / "tiles.json")
+    folder = tmp_path / "folder.json"
+    folder.mkdir()
+    for wrong in (folder, tmp_path / "missing" / "tiles.json", tmp_path / "tiles"):
+        monkeypatch.setenv("VLLM_PLUGIN_TM_CUDA_TUNING", str(wrong))
+        with pytest.raises(envs.EnvError, match=r"VLLM_PLUGIN_TM_CUDA_TUNING=.*folder that exists"):
+            envs.validate()
