@@ -20,7 +20,7 @@ PY := .venv/bin/python
 # core at imports. Threads that wait must then sleep: each process has as many as there are cores.
 SIDE_BY_SIDE ?= 2
 PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest -p tools.fast_first -n $(SIDE_BY_SIDE) --dist loadfile \
-	--no-loadscope-reorder
+	--no-loadscope-reorder --max-worker-restart=0
 # Types are one of the tests.
 RUFF = $(PY) -m ruff check $(SOURCES) && exec $(PY) -m ruff format --check $(SOURCES)
 TOOL := "$(PYTHON)" -m tools
