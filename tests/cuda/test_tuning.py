@@ -26,8 +26,10 @@ import tiny_llama
 import tiny_moe
 from served_model import quantized
 
-from vllm_plugin_tm import envs, tuning
+from vllm_plugin_tm import envs
 from vllm_plugin_tm.patch import apply
+from vllm_plugin_tm.tuning import choices as kept
+from vllm_plugin_tm.tuning import measure
 
 ROWS = (1, 20)
 FAST = {1: "mma 128x16", 20: "mma 128x64"}  # by the number of rows
@@ -44,7 +46,7 @@ class Clock:
 
     def tiles(self) -> dict[str, int]:
         """As a GPU has them."""
-        return tuning.tiles(0)
+        return measure.tiles(0)
 
     def force(self, tile: int, apart: bool) -> None:
         """Notes what is measured next."""
@@ -102,9 +104,9 @@ def test_the_fastest_tile_is_chosen_and_kept(
     model = _load(tmp_path)
     path = tmp_path / "tiles.json"
     before = {rows: _layer(model, rows) for rows in (1, 20, 70)}
-    assert tuning.tune(model, path, clock, ROWS) == (LAYERS, LAYERS)
+    assert measure.tune(model, path, clock, ROWS) == (LAYERS, LAYERS)
     assert clock.measured == LAYERS * len(ROWS) * len(clock.tiles()) * 2
-    (found,) = tuning.read(path).values()
+    (found,) = kept.read(path).values()
     assert len(found.products) == LAYERS
     numbers = clock.tiles()
     for product, choices in found.products.items():
@@ -120,7 +122,7 @@ def test_the_fastest_tile_is_chosen_and_kept(
         assert simulated.tile_rows(simulated.plan(layout, 20, scheme="w4a8").tile) == 32
     assert all(torch.equal(_layer(model, rows), y) for rows, y in before.items())
     clock.measured = 0
-    assert tuning.tune(model, path, clock, ROWS) == (0, LAYERS)
+    assert measure.tune(model, path, clock, ROWS) == (0, LAYERS)
     assert clock.measured == 0
 
 
@@ -143,8 +145,8 @@ def test_experts_are_chosen_for(clock: Clock, tmp_path: Path) -> None:
     quantized(tiny_moe, symmetric=False, group=32)(tmp_path, 0)
     model = tiny_llama.load(tmp_path)
     path = tmp_path / "tiles.json"
-    measured, known = tuning.tune(model, path, clock, (8,))
-    (found,) = tuning.read(path).values()
+    measured, known = measure.tune(model, path, clock, (8,))
+    (found,) = kept.read(path).values()
     experts = [product for product in found.products if product.experts]
     assert len(experts) == 1
     assert experts[0].scheme == "w4a16"
@@ -156,14 +158,14 @@ def test_other_devices_and_other_tiles_are_measured_again(clock: Clock, tmp_path
     """What another GPU was measured on stays in the file; what other kernels were, does not."""
     model = _load(tmp_path)
     path = tmp_path / "tiles.json"
-    tuning.tune(model, path, clock, (1,))
+    measure.tune(model, path, clock, (1,))
     clock.name = "another GPU"
-    assert tuning.tune(model, path, clock, (1,)) == (LAYERS, LAYERS)
-    assert set(tuning.read(path)) == {"a GPU", "another GPU"}
+    assert measure.tune(model, path, clock, (1,)) == (LAYERS, LAYERS)
+    assert set(kept.read(path)) == {"a GPU", "another GPU"}
     text = path.read_text().replace("mma 128x8", "mma 128x9")
     path.write_text(text)
-    assert tuning.tune(model, path, clock, (1,)) == (LAYERS, LAYERS)
-    devices = tuning.read(path)
+    assert measure.tune(model, path, clock, (1,)) == (LAYERS, LAYERS)
+    devices = kept.read(path)
     assert devices["another GPU"].tiles == list(clock.tiles())
     assert "mma 128x9" in devices["a GPU"].tiles
 
@@ -177,7 +179,7 @@ def test_tiles_of_wgmma_have_names_of_their_own(clock: Clock, simulated: Simulat
     assert not set(mma.values()) & set(wgmma.values())
 
 
-GOOD: dict[str, Any] = {"format": tuning.FORMAT, "devices": {}}
+GOOD: dict[str, Any] = {"format": kept.FORMAT, "devices": {}}
 ENTRY: dict[str, Any] = {"scheme": "w4a16", "n": 64, "k": 64, "groups": 1, "experts": 0}
 
 
@@ -196,7 +198,7 @@ def _choices(*rows: int, tile: str = "mma 128x8") -> list[dict[str, Any]]:
         ("{", "is not a file of measured tiles"),
         ("[]", "is not a file of measured tiles"),
         ({"format": "something else"}, "format 'something else', expected 'vllm-plugin-tm tuning"),
-        ({"format": tuning.FORMAT}, "KeyError"),
+        ({"format": kept.FORMAT}, "KeyError"),
         (_device(scheme="w9a9"), "scheme 'w9a9'"),
         (_device(choices=_choices(8, 8)), "choices of"),
         (_device(choices=_choices(8, 1)), "choices of"),
@@ -207,18 +209,18 @@ def _choices(*rows: int, tile: str = "mma 128x8") -> list[dict[str, Any]]:
 def test_files_that_are_none_of_ours(tmp_path: Path, content: Any, reason: str) -> None:
     path = tmp_path / "tiles.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    with pytest.raises(tuning.TuningError, match=reason) as caught:
-        tuning.read(path)
+    with pytest.raises(kept.TuningError, match=reason) as caught:
+        kept.read(path)
     assert str(path) in str(caught.value)
 
 
 def test_files_are_read_as_they_were_written(tmp_path: Path) -> None:
     path = tmp_path / "tiles.json"
-    assert tuning.read(path) == {}
+    assert kept.read(path) == {}
     path.write_text(json.dumps(_device(choices=_choices(1, 8))))
-    devices = tuning.read(path)
-    tuning.write(path, devices)
-    assert tuning.read(path) == devices
+    devices = kept.read(path)
+    kept.write(path, devices)
+    assert kept.read(path) == devices
     assert [entry.name for entry in tmp_path.iterdir()] == ["tiles.json"]
 
 
@@ -226,11 +228,11 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     """Whoever may write anywhere is told by a folder in its place."""
     path = tmp_path / "tiles.json"
     path.with_name("tiles.json.partial").mkdir()
-    with pytest.raises(tuning.TuningError, match=r"tiles\.json: "):
-        tuning.write(path, {})
+    with pytest.raises(kept.TuningError, match=r"tiles\.json: "):
+        kept.write(path, {})
     assert not path.exists()
-    with pytest.raises(tuning.TuningError, match=r"missing/tiles\.json: "):
-        tuning.tune(torch.nn.Linear(1, 1), tmp_path / "missing" / "tiles.json", _Named())
+    with pytest.raises(kept.TuningError, match=r"missing/tiles\.json: "):
+        measure.tune(torch.nn.Linear(1, 1), tmp_path / "missing" / "tiles.json", _Named())
 
 
 class _Named:
@@ -251,8 +253,8 @@ def test_models_are_tuned_when_they_are_loaded(
 ) -> None:
     """Where the variable names a file, and the log says so."""
     path = tmp_path / "tiles.json"
-    monkeypatch.setattr(tuning, "Gpu", lambda: clock)
-    monkeypatch.setattr(tuning.tune, "__defaults__", (ROWS,))
+    monkeypatch.setattr(measure, "Gpu", lambda: clock)
+    monkeypatch.setattr(measure.tune, "__defaults__", (ROWS,))
     _load(tmp_path)
     assert not path.exists()
     monkeypatch.setenv("VLLM_PLUGIN_TM_CUDA_TUNING", str(path))

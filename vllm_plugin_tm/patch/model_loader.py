@@ -17,11 +17,12 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     initialize_online_processing,
 )
 
-from vllm_plugin_tm import envs, heap, layer_table, machine, tuning
+from vllm_plugin_tm import envs, heap, layer_table, machine
 from vllm_plugin_tm.quantization import fused_parts, load_check
 from vllm_plugin_tm.quantization.online.config import TMOnlineConfig
 from vllm_plugin_tm.quantization.online.head import quantize_head
 from vllm_plugin_tm.quantization.online.options import refuse_without_method
+from vllm_plugin_tm.tuning.measure import tune_loaded
 from vllm_plugin_tm.updates import update as updates
 
 logger = logging.getLogger("vllm.plugin_tm")
@@ -52,7 +53,7 @@ class _LayerTable(BaseModelLoader):
         layer_table.remember(rows)
         logger.info("%s", layer_table.render(rows))
         if envs.cuda_tuning() and machine.device() == "cuda":
-            tuning.tune_loaded(model, envs.cuda_tuning())
+            tune_loaded(model, envs.cuda_tuning())
         return model
 
     def create_model(

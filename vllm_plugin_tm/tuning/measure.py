@@ -1,66 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measured choices of tiles for the CUDA kernels, kept in a file: what a model's layers are fastest
-on is measured when it is first loaded, and read when it is loaded again. A tile changes no bit of a
-result (csrc/cuda/tuning.h), so a choice that does not fit costs time alone."""
+"""What a model's layers are fastest on, measured when it is first loaded, and read from a file when
+it is loaded again."""
 
-import json
 import logging
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
-from filelock import FileLock
 
 from vllm_plugin_tm import layer_table
 from vllm_plugin_tm.quantization.experts_kernel import TMExpertsKernel
+from vllm_plugin_tm.tuning.choices import SCHEMES, Choice, Choices, Product, locked, read, write
 
 logger = logging.getLogger("vllm.plugin_tm")
 
-FORMAT = "vllm-plugin-tm tuning 1"
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Row counts that are measured; a choice holds from the one before it up to its own."""
 
-_SCHEMES = ("w4a16", "w4a8", "w8a8")  # turbo::cuda::Scheme
 _FAMILIES = ("mma", "wgmma")  # what cuda_tiles says
 _MOST_TILES = 64
 _WARM_UP, _MEASURED = 2, 7
-
-
-class TuningError(RuntimeError):
-    """The file of choices cannot be used; the message names it and says why."""
-
-
-class Product(NamedTuple):
-    """What a choice is for: a linear layer, or with experts > 0 those, by their first product."""
-
-    scheme: str
-    n: int
-    k: int
-    groups: int
-    experts: int
-
-
-@dataclass(frozen=True)
-class Choice:
-    """For up to so many rows (of experts: tokens times choices of a token)."""
-
-    rows: int
-    tile: str
-    apart: bool
-    us: float
-
-
-@dataclass
-class Choices:
-    """A device's products. `tiles` are the names it was measured with: others mean that the kernels
-    have changed, and that it is to be measured again."""
-
-    tiles: list[str]
-    products: dict[Product, list[Choice]] = field(default_factory=dict)
 
 
 class Device(Protocol):
@@ -122,7 +83,7 @@ def tune(
     Raises TuningError for a file that is none of ours or cannot be written.
     """
     numbers = device.tiles()
-    with _locked(path):
+    with locked(path):
         devices = read(path)
         own = devices.get(device.name)
         if own is None or own.tiles != list(numbers):
@@ -141,74 +102,6 @@ def tune(
         if measured:
             write(path, devices)
     return len(measured), len(seen)
-
-
-def read(path: Path) -> dict[str, Choices]:
-    """What the file has, by device; nothing if there is none. Raises TuningError."""
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise TuningError(f"{path}: {error.strerror}") from error
-    try:
-        found = json.loads(text)
-        if found["format"] != FORMAT:
-            raise TuningError(f"{path}: format {found['format']!r}, expected {FORMAT!r}")
-        return {name: _parsed(part) for name, part in found["devices"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TuningError(
-            f"{path} is not a file of measured tiles ({error!r}): name another one, or remove it"
-        ) from error
-
-
-def _parsed(part: Any) -> Choices:
-    names = list(part["tiles"])
-    products = {}
-    for entry in part["products"]:
-        choices = [Choice(**choice) for choice in entry["choices"]]
-        rows = [choice.rows for choice in choices]
-        if rows != sorted(set(rows)) or not {choice.tile for choice in choices} <= set(names):
-            raise ValueError(f"choices of {entry}")
-        product = Product(*(entry[name] for name in Product._fields))
-        if product.scheme not in _SCHEMES:
-            raise ValueError(f"scheme {product.scheme!r}")
-        products[product] = choices
-    return Choices(names, products)
-
-
-def write(path: Path, devices: dict[str, Choices]) -> None:
-    """Writes the file at once or not at all. Raises TuningError."""
-    content = {
-        "format": FORMAT,
-        "devices": {
-            name: {
-                "tiles": part.tiles,
-                "products": [
-                    product._asdict() | {"choices": [vars(choice) for choice in choices]}
-                    for product, choices in sorted(part.products.items())
-                ],
-            }
-            for name, part in devices.items()
-        },
-    }
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise TuningError(f"{path}: {error.strerror}") from error
-
-
-def _locked(path: Path) -> FileLock:
-    lock = path.with_name(f"{path.name}.lock")
-    try:
-        lock.touch()
-    except OSError as error:
-        raise TuningError(f"{path}: {error.strerror}") from error
-    return FileLock(lock)
 
 
 def _runs(model: torch.nn.Module) -> Iterator[Callable[[int], object]]:
@@ -254,7 +147,7 @@ def _product(run: Callable[[int], Any]) -> Product:
     out = torch.zeros(len(Product._fields), dtype=torch.int64)
     assert torch.ops.vllm_plugin_tm.cuda_last_product(out), "no plan was made"
     scheme, *sizes = out.tolist()
-    return Product(_SCHEMES[scheme], *sizes)
+    return Product(SCHEMES[scheme], *sizes)
 
 
 def _measure(
@@ -282,7 +175,7 @@ def _measure(
 def _choose(product: Product, choices: list[Choice], numbers: dict[str, int]) -> None:
     table = [[choice.rows, numbers[choice.tile], choice.apart] for choice in choices]
     torch.ops.vllm_plugin_tm.cuda_choose_tiles(
-        torch.tensor([_SCHEMES.index(product.scheme), *product[1:]]),
+        torch.tensor([SCHEMES.index(product.scheme), *product[1:]]),
         torch.tensor(table, dtype=torch.int64),
     )
 
