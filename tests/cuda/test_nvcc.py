@@ -45,7 +45,6 @@ SOURCES = (
     # Routing, the quantizer of h, and the sum over experts; the quantizer of x.
     Source("moe", OLDEST, 4, ("EXIT",)),
     Source("linear", OLDEST, 1, (r"LDG\.E\.128", r"STG\.E\.128", r"SHFL\.BFLY")),
-    Source("experts_f16", HOPPER, 22, (r"HGMMA\.64x\d+x16\.F32 ", *WARPGROUPS), WGMMA),
     Source("w4a16_bf16", HOPPER, 22, (r"HGMMA\.64x\d+x16\.F32\.BF16", *WARPGROUPS), WGMMA),
     Source("experts_w8a8", HOPPER, 11, (r"IGMMA\.64x\d+x32\.S8\.S8 ", *WARPGROUPS), WGMMA),
     Source("w4a8", HOPPER, 33, (r"IGMMA\.64x\d+x32\.S8\.S8 ", *WARPGROUPS), WGMMA),
