@@ -30,6 +30,7 @@ class Variable:
     default: str
     accepted: str
     parse: Callable[[str], object]
+    compiled_in: bool = True
 
     def read(self) -> object:
         """The value now. Raises EnvError naming variable, value and accepted spellings."""
@@ -112,6 +113,7 @@ CUDA_TUNING = Variable(
     default="",
     accepted='"" (tiles are reckoned), the path of a .json file in a folder that exists',
     parse=_file,
+    compiled_in=False,
 )
 
 VARIABLES: tuple[Variable, ...] = (SWITCH, ISA, TAKEN_SCHEMES, INT8_ACTIVATIONS, CUDA_TUNING)
@@ -170,9 +172,12 @@ def text(name: str) -> str:
     """The raw text of one of our variables, its default where unset. Never raises for its value.
 
     This is what vLLM hashes into its compile-cache key, so that a graph that was compiled with
-    the switch on is never reused with the switch off.
+    the switch on is never reused with the switch off. Empty for a variable that no graph
+    depends on.
     """
     variable = next(variable for variable in VARIABLES if variable.name == name)
+    if not variable.compiled_in:
+        return ""
     return os.environ.get(name, "") or variable.default
 
 

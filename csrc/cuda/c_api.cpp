@@ -67,6 +67,7 @@ int tm_cuda_pack_weights(const tm_cuda_pack* args, char* error, size_t error_byt
   return 0;
 }
 
+int tm_cuda_has_wgmma(int major, int minor) { return cuda::device_traits(1, major, minor).wgmma; }
 int tm_cuda_tile_count() { return cuda::tile_count(); }
 void tm_cuda_tiles_of(int wgmma, int* first, int* count) {
   const cuda::TileRange tiles = cuda::tiles_of(wgmma);
@@ -116,8 +117,8 @@ void tm_cuda_choose_tiles(const int64_t* product, const int64_t* choices, int64_
 void tm_cuda_force_tile(int tile, int apart) {
   cuda::force_tile(tile < 0 ? std::optional<cuda::TileChoice>() : cuda::TileChoice{0, tile, apart != 0});
 }
-int tm_cuda_last_product(int64_t* product) {
-  const auto last = cuda::last_product();
+int tm_cuda_take_product(int64_t* product) {
+  const auto last = cuda::take_product();
   if (last) cuda::write_product(*last, product);
   return last.has_value();
 }

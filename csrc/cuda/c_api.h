@@ -37,6 +37,8 @@ TM_EXPORT int tm_cuda_pack_sizes(const turbo::cuda::Layout* layout, int64_t* wei
                                  int64_t* zero_dwords, char* error, size_t error_bytes);
 TM_EXPORT int tm_cuda_pack_weights(const tm_cuda_pack* args, char* error, size_t error_bytes);
 
+/// Whether a device of compute capability major.minor runs tiles with wgmma here.
+TM_EXPORT int tm_cuda_has_wgmma(int major, int minor);
 TM_EXPORT int tm_cuda_tile_count();
 /// The first tile of a device with or without wgmma, and how many it has.
 TM_EXPORT void tm_cuda_tiles_of(int wgmma, int* first, int* count);
@@ -64,7 +66,7 @@ TM_EXPORT int tm_cuda_moe(const turbo::cuda::Moe* args, int tile, void* stream, 
 TM_EXPORT void tm_cuda_choose_tiles(const int64_t* product, const int64_t* choices, int64_t count);
 /// A negative tile ends it.
 TM_EXPORT void tm_cuda_force_tile(int tile, int apart);
-/// 1, and the product of this thread's last plan, if there was one.
-TM_EXPORT int tm_cuda_last_product(int64_t* product);
+/// 1, and the product of this thread's last plan, if there was one since the last call.
+TM_EXPORT int tm_cuda_take_product(int64_t* product);
 
 }  // extern "C"

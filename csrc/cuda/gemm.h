@@ -53,12 +53,13 @@ struct Gemm {
   TM_DEVICE static void run(const Params& p) {
     const Place<Tile> place = Place<Tile>::here();
     const int parts = p.slices.apart ? p.slices.count : 1;
-    const int tile_n = block_index_x() / parts;
-    const TileRows rows = Op::rows(p, block_index_y(), Tile::kRows);
+    const int tiles_n = (p.blocks + Parts::kTileBlocks - 1) / Parts::kTileBlocks;
+    int tile_n = block_index_x() / parts, tile_m = block_index_y();
+    if (parts == 1) stay_near(p, tiles_n, tile_n, tile_m);
+    const TileRows rows = Op::rows(p, tile_m, Tile::kRows);
     if (rows.first >= rows.end) return;
     int slice = block_index_x() % parts;
-    const int tiles_n = (p.blocks + Parts::kTileBlocks - 1) / Parts::kTileBlocks;
-    const SliceSums<Tile> slices(p.slices, block_index_y() * tiles_n + tile_n, place.thread);
+    const SliceSums<Tile> slices(p.slices, tile_m * tiles_n + tile_n, place.thread);
     const int first = slice * p.slices.slabs;
     const int last = p.slices.apart && first + p.slices.slabs < p.slabs ? first + p.slices.slabs : p.slabs;
 
@@ -104,6 +105,17 @@ struct Gemm {
   }
 
  private:
+  /// Blocks that run at the same time shall read the same weights, which L2 has then: kNear tiles of rows take turns before
+  /// the channels go on.
+  TM_DEVICE static void stay_near(const Params& p, int tiles_n, int& tile_n, int& tile_m) {
+    constexpr int kNear = 8;
+    const int tiles_m = (p.rows + Tile::kRows - 1) / Tile::kRows;
+    const int first = tile_m / kNear * kNear, count = tiles_m - first < kNear ? tiles_m - first : kNear;
+    const int number = (tile_m - first) * tiles_n + tile_n;
+    tile_m = first + number % count;
+    tile_n = number / count;
+  }
+
   TM_DEVICE static Pipeline start(const Params& p, int tile_n, const TileRows& rows, const Place<Tile>& place, int first,
                                   int last) {
     if constexpr (kNeedsSm90a)

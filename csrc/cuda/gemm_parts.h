@@ -56,6 +56,9 @@ struct GemmParts {
       (kZeros + kTileBlocks * kSlabGroups * kBlockZeroBytes + kAlignment - 1) / kAlignment * kAlignment;
   static constexpr int kRingBytes = Tile::kStages * kStageBytes;
 
+  /// True where no other block has the same weights, and L2 may drop them first.
+  TM_DEVICE static bool read_once(const Params& p) { return p.rows <= Tile::kRows; }
+
   TM_DEVICE static uint32_t stage(int number) {
     return shared_base() + static_cast<uint32_t>(number * kStageBytes);
   }

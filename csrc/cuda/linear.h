@@ -27,10 +27,8 @@ struct DeviceTraits {
   int multiprocessors;
   bool wgmma;
 };
-/// Those of a device of compute capability major.minor.
-inline DeviceTraits device_traits(int multiprocessors, int major, int minor) {
-  return {multiprocessors, major == 9 && minor == 0};
-}
+/// Those of a device of compute capability major.minor, as far as this library was compiled for it.
+DeviceTraits device_traits(int multiprocessors, int major, int minor);
 
 /// What a launch takes beside its operands.
 struct LinearPlan {

@@ -78,12 +78,17 @@ class MmaPipeline : GemmParts<Op, Tile, kGroups> {
   /// Starts to bring slab `slab`, and the scales and zero points of rows `row` on if asked to, to the stage at `to`.
   TM_DEVICE void load(int slab, bool scales, int row, uint32_t to) const {
     constexpr int kBlockChunks = Parts::kBlockBytes / kChunkBytes;
+    const bool once = Parts::read_once(p_);
     share<Parts::kTileBlocks * kBlockChunks, kThreads>(place_.thread, [&](int i, int) {
       const int block = first_block_ + i / kBlockChunks;
       const bool inside = block < p_.blocks;
       const int64_t at = (static_cast<int64_t>(expert_block_ + block) * p_.slabs + slab) * kBlockChunks + i % kBlockChunks;
-      cp_async_16_once(to + static_cast<uint32_t>(Parts::kWeights + i * kChunkBytes), inside ? p_.weight + at : p_.weight,
-                       inside ? kChunkBytes : 0);
+      const uint32_t place = to + static_cast<uint32_t>(Parts::kWeights + i * kChunkBytes);
+      const Vec4* from = inside ? p_.weight + at : p_.weight;
+      if (once)
+        cp_async_16_once(place, from, inside ? kChunkBytes : 0);
+      else
+        cp_async_16(place, from, inside ? kChunkBytes : 0);
     });
     x_.load(slab, to);
     if constexpr (!Parts::kOne) {

@@ -51,14 +51,16 @@ bool runs_apart(const Shape& shape, const Layout& layout, int64_t rows, const Sl
   return slices.count > 1 && blocks_of(shape, layout, rows) < multiprocessors;
 }
 
-/// Of all products in tiles of one shape.
-int64_t cycles(const Shape& shape, const Layout& layout, int64_t rows, const SlicePlan& slices, int multiprocessors) {
+/// Of all products in tiles of one shape. Bytes are multiplied twice as fast as halves.
+int64_t cycles(const Shape& shape, Scheme scheme, const Layout& layout, int64_t rows, const SlicePlan& slices,
+               int multiprocessors) {
+  const int x_bytes = scheme == Scheme::w4a16 ? 2 : 1;
   const bool apart = runs_apart(shape, layout, rows, slices, multiprocessors);
   const int64_t blocks = blocks_of(shape, layout, rows) * (apart ? slices.count : 1);
   const int64_t area = int64_t{shape.channels} * shape.rows;
   const Rates& rates = shape.family == Family::wgmma ? kWgmmaRates : kMmaRates;
-  const int64_t multiply = area * kSlabK / rates.products;
-  const int64_t bring = (shape.channels * layout.bits / 8 + shape.rows * 2) * kSlabK / rates.bytes;
+  const int64_t multiply = area * kSlabK * x_bytes / 2 / rates.products;
+  const int64_t bring = (shape.channels * layout.bits / 8 + shape.rows * x_bytes) * kSlabK / rates.bytes;
   const int64_t slab = std::max(multiply, bring) + std::min(multiply, bring) / kHidden;
   const int64_t block = (apart ? slices.slabs : layout.slabs()) * slab + kBlockCycles +
                         (slices.count > 1 ? area * kSliceBytes / rates.bytes : 0);
@@ -89,7 +91,7 @@ LinearPlan plan_linear(Scheme scheme, const Layout& layout, int64_t rows, const 
   LinearPlan plan{tiles.first, plan_slices(layout, device.multiprocessors), false};
   while (plan.tile < last && tile_rows(plan.tile) < rows) ++plan.tile;
   const auto cost = [&](int tile) {
-    return cycles(shape_of(tile, layout), layout, rows, plan.slices, device.multiprocessors);
+    return cycles(shape_of(tile, layout), scheme, layout, rows, plan.slices, device.multiprocessors);
   };
   if (tile_rows(plan.tile) < rows)
     for (int tile = last - 1; tile >= tiles.first; --tile)
@@ -99,6 +101,14 @@ LinearPlan plan_linear(Scheme scheme, const Layout& layout, int64_t rows, const 
 }
 
 int64_t code_bytes(int64_t rows, int64_t k) { return rows * Layout{1, k, 1}.slabs() * kSlabK; }
+
+DeviceTraits device_traits(int multiprocessors, [[maybe_unused]] int major, [[maybe_unused]] int minor) {
+#if defined(TM_CUDA_SM90A)
+  return {multiprocessors, major == 9 && minor == 0};
+#else
+  return {multiprocessors, false};
+#endif
+}
 
 int tile_count() { return kTileCount; }
 TileRange tiles_of(bool wgmma) { return wgmma ? TileRange{kMmaTiles, kTileCount - kMmaTiles} : TileRange{0, kMmaTiles}; }

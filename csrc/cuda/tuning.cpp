@@ -3,6 +3,7 @@
 
 #include <map>
 #include <mutex>
+#include <utility>
 
 namespace turbo::cuda {
 namespace {
@@ -61,6 +62,6 @@ std::optional<TileChoice> chosen_tile(const Product& product, int64_t rows) {
   return {};
 }
 
-std::optional<Product> last_product() { return planned; }
+std::optional<Product> take_product() { return std::exchange(planned, std::nullopt); }
 
 }  // namespace turbo::cuda

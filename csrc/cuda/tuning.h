@@ -42,7 +42,7 @@ void force_tile(std::optional<TileChoice> choice);
 /// What is forced, or chosen for a product; notes the product.
 std::optional<TileChoice> chosen_tile(const Product& product, int64_t rows);
 
-/// The product of this thread's last plan.
-std::optional<Product> last_product();
+/// The product of this thread's last plan since the last call.
+std::optional<Product> take_product();
 
 }  // namespace turbo::cuda

@@ -2,11 +2,12 @@
 // Slabs on their way through a block with wgmma (sm_90a). Weights, scales and zero points are whole runs of the layout,
 // which one thread has copied in bulk; rows of x, which experts pick one by one, come by cp.async. Each stage has two barriers: `full`
 // ends a phase when all that was started for it has come, `empty` when every warp is done with it. So four warps
-// are up to two slabs ahead of others, and dequantize or scale while those multiply.
+// are up to two slabs ahead of others, and bring, dequantize or scale while those multiply.
 //
 // x lies as activations.h says, which is wgmma's own swizzle of 128 or 64 bytes. Weights go from registers: the four warps' slabs
 // are the 64 rows of A, whichever they are, since each warp gets its own rows of D back. While a product reads a
-// step's registers, the next step's are written.
+// step's registers, the next step's are written. No product is under way when a wait returns: ptxas before CUDA 13.3 may
+// let registers of A be overwritten behind a wait that leaves one (its release notes have it).
 #pragma once
 
 #include "gemm_parts.h"
@@ -29,7 +30,7 @@ class WgmmaPipeline : GemmParts<Op, Tile, kGroups> {
   using typename Parts::Sums;
   using typename Parts::Totals;
   // A stage is filled again two slabs after it was read.
-  static constexpr int kStages = Tile::kStages, kAhead = kStages - 2, kBuffers = 2;
+  static constexpr int kStages = Tile::kStages, kAhead = kStages - 2;
 
  public:
   static constexpr int kBarrierBytes = 2 * 8 * kStages;
@@ -42,7 +43,7 @@ class WgmmaPipeline : GemmParts<Op, Tile, kGroups> {
         ahead_(p.group_slabs, Parts::kSlabGroups, first) {
     if (place.thread == 0) {
       for (int i = 0; i < kStages; ++i) {
-        barrier_init(full(i), Tile::kThreads + 1);
+        barrier_init(full(i), Tile::kThreads + Parts::kTileBlocks);
         barrier_init(empty(i), Tile::kThreads / kWarpLanes);
       }
       async_proxy_fence();
@@ -51,44 +52,40 @@ class WgmmaPipeline : GemmParts<Op, Tile, kGroups> {
     for (int i = 0; i < kAhead; ++i) load_next(first + i);
   }
 
-  TM_DEVICE uint32_t next(int slab) {
-    load_next(slab + kAhead);
+  TM_DEVICE uint32_t next(int) {
     barrier_wait(full(read_.at), read_.round);
     async_proxy_fence();  // what came by cp.async is for wgmma to read
-    const uint32_t from = Parts::stage(read_.at);
-    before_ = current_;
-    current_ = read_.at;
-    read_.advance();
-    return from;
+    sync_warp();          // the lanes multiply together
+    return Parts::stage(read_.at);
   }
 
   TM_DEVICE void multiply(uint32_t from, int slab, Group<Tile>& group, Sums& sums, Totals& total) {
     typename Parts::Codes codes;
     Parts::read_codes(from, place_, codes);
     const uint32_t x = from + static_cast<uint32_t>(place_.first_row() * Op::kRowBytes);
+    if (Parts::kSmall) group = Parts::read_group(p_, from, 0, place_);
+    dequantize(codes, 0, group);
     TM_UNROLL
     for (int step = 0; step < Op::kSteps; ++step) {
-      if (Parts::kSmall && step % Parts::kGroupSteps == 0)
-        group = Parts::read_group(p_, from, step / Parts::kGroupSteps, place_);
-      TM_UNROLL
-      for (int s = 0; s < Tile::kSlabs; ++s) {
-        Op::fragment(codes[s], step, group.zero[s], a_[step % kBuffers][s]);
-        TM_UNROLL
-        for (int i = 0; i < 4; ++i) pin(a_[step % kBuffers][s][i]);
-      }
       wgmma_fence();
       TM_UNROLL
       for (int s = 0; s < Tile::kSlabs; ++s)
-        Op::multiply(sums[s], a_[step % kBuffers][s], shared_matrix<Op::kRowBytes>(x + static_cast<uint32_t>(32 * step)));
+        Op::multiply(sums[s], a_[step % 2][s], shared_matrix<Op::kRowBytes>(x + static_cast<uint32_t>(32 * step)));
       wgmma_commit();
-      wgmma_wait<1>();
-      if (step == 0) release(slab != first_);
-      if (Parts::kSmall && step % Parts::kGroupSteps == Parts::kGroupSteps - 1) {
-        settle(sums);
+      if (step == 0) load_next(slab + kAhead);
+      const bool ends = Parts::kSmall && step % Parts::kGroupSteps == Parts::kGroupSteps - 1;
+      Group<Tile> next = group;
+      if (ends && step + 1 < Op::kSteps) next = Parts::read_group(p_, from, step / Parts::kGroupSteps + 1, place_);
+      if (step + 1 < Op::kSteps) dequantize(codes, step + 1, next);
+      wgmma_wait<0>();
+      if (ends) {
+        begin(sums);
         Parts::end_group(p_, group, sums, total);
         begin(sums);
+        group = next;
       }
     }
+    release();
   }
 
   TM_DEVICE void begin(Sums& sums) {
@@ -99,14 +96,19 @@ class WgmmaPipeline : GemmParts<Op, Tile, kGroups> {
         TM_UNROLL
         for (int i = 0; i < 4; ++i) pin(sums[s][c][i]);
   }
-  TM_DEVICE void settle(Sums& sums) {
-    wgmma_wait<0>();
-    begin(sums);
-  }
+  TM_DEVICE void settle(Sums& sums) { begin(sums); }
   TM_DEVICE void drain() {}
 
  private:
-  static_assert(Op::kSteps % 2 == 0, "registers of a slab's last step are not those of the next one's first");
+  /// The registers of A for step `step`.
+  TM_DEVICE void dequantize(const typename Parts::Codes& codes, int step, const Group<Tile>& group) {
+    TM_UNROLL
+    for (int s = 0; s < Tile::kSlabs; ++s) {
+      Op::fragment(codes[s], step, group.zero[s], a_[step % 2][s]);
+      TM_UNROLL
+      for (int i = 0; i < 4; ++i) pin(a_[step % 2][s][i]);
+    }
+  }
 
   /// A stage's turn, and the parity of its round.
   struct Ring {
@@ -122,11 +124,11 @@ class WgmmaPipeline : GemmParts<Op, Tile, kGroups> {
   TM_DEVICE uint32_t full(int stage) const { return barriers_ + static_cast<uint32_t>(16 * stage); }
   TM_DEVICE uint32_t empty(int stage) const { return full(stage) + 8; }
 
-  /// If there is a slab before this one, the warp is done with it: its last products have been waited for. One condition
-  /// for all of it, as ptxas lets products overlap in simple code only.
-  TM_DEVICE void release(bool any) {
+  /// The warp is done with its stage.
+  TM_DEVICE void release() {
     sync_warp();
-    if (any && place_.lane == 0) barrier_arrive(empty(before_));
+    if (place_.lane == 0) barrier_arrive(empty(read_.at));
+    read_.advance();
   }
 
   TM_DEVICE void load_next(int slab) {
@@ -134,38 +136,42 @@ class WgmmaPipeline : GemmParts<Op, Tile, kGroups> {
       // In the first round the wait is for the phase before the first: there is none to wait for.
       barrier_wait(empty(filled_.at), filled_.round ^ 1);
       load(slab, ahead_.begins() || slab == first_, ahead_.row(), Parts::stage(filled_.at), full(filled_.at));
+      sync_warp();
     }
     filled_.advance();
     ahead_.advance();
   }
 
   TM_DEVICE void load(int slab, bool scales, int row, uint32_t to, uint32_t barrier) const {
-    if (place_.thread == 0) load_weights(slab, scales, row, to, barrier);
+    // Each block of weights is another warp's to bring.
+    const int warp = place_.thread / kWarpLanes;
+    if (place_.lane == 0 && warp < Parts::kTileBlocks) load_block(warp, slab, scales, row, to, barrier);
     x_.load(slab, to);
     x_.arrive(barrier);
   }
 
-  /// In one thread.
-  TM_DEVICE void load_weights(int slab, bool scales, int row, uint32_t to, uint32_t barrier) const {
+  /// Block `b` of the tile; in one thread.
+  TM_DEVICE void load_block(int b, int slab, bool scales, int row, uint32_t to, uint32_t barrier) const {
     const int scale_bytes = scales ? Parts::kSlabGroups * Parts::kBlockScaleBytes : 0;
     const int zero_bytes = scales && p_.zero ? Parts::kSlabGroups * Parts::kBlockZeroBytes : 0;
-    barrier_arrive_expect(barrier, Parts::kTileBlocks * (Parts::kBlockBytes + scale_bytes + zero_bytes));
-    TM_UNROLL
-    for (int b = 0; b < Parts::kTileBlocks; ++b) {
-      // Where the tile ends after the weights do, its last channels are the last block's; no one writes their products.
-      const int inside = first_block_ + b < p_.blocks ? first_block_ + b : p_.blocks - 1;
-      const int64_t block = expert_block_ + inside;
-      bulk_copy_once(to + static_cast<uint32_t>(Parts::kWeights + b * Parts::kBlockBytes),
-                     p_.weight + (block * p_.slabs + slab) * (Parts::kBlockBytes / kChunkBytes), Parts::kBlockBytes, barrier);
-      if constexpr (!Parts::kOne) {
-        const int64_t rows = block * p_.scale_rows + row;
-        if (scale_bytes)
-          bulk_copy(to + static_cast<uint32_t>(Parts::kScales + b * Parts::kSlabGroups * Parts::kBlockScaleBytes),
-                    p_.scale + rows * (Parts::kBlockScaleBytes / kChunkBytes), scale_bytes, barrier);
-        if (zero_bytes)
-          bulk_copy(to + static_cast<uint32_t>(Parts::kZeros + b * Parts::kSlabGroups * Parts::kBlockZeroBytes),
-                    p_.zero + rows * (Parts::kBlockZeroBytes / kChunkBytes), zero_bytes, barrier);
-      }
+    barrier_arrive_expect(barrier, Parts::kBlockBytes + scale_bytes + zero_bytes);
+    // Where the tile ends after the weights do, its last channels are the last block's; no one writes their products.
+    const int inside = first_block_ + b < p_.blocks ? first_block_ + b : p_.blocks - 1;
+    const int64_t block = expert_block_ + inside;
+    const Vec4* weight = p_.weight + (block * p_.slabs + slab) * (Parts::kBlockBytes / kChunkBytes);
+    const uint32_t at = to + static_cast<uint32_t>(Parts::kWeights + b * Parts::kBlockBytes);
+    if (Parts::read_once(p_))
+      bulk_copy_once(at, weight, Parts::kBlockBytes, barrier);
+    else
+      bulk_copy(at, weight, Parts::kBlockBytes, barrier);
+    if constexpr (!Parts::kOne) {
+      const int64_t rows = block * p_.scale_rows + row;
+      if (scale_bytes)
+        bulk_copy(to + static_cast<uint32_t>(Parts::kScales + b * Parts::kSlabGroups * Parts::kBlockScaleBytes),
+                  p_.scale + rows * (Parts::kBlockScaleBytes / kChunkBytes), scale_bytes, barrier);
+      if (zero_bytes)
+        bulk_copy(to + static_cast<uint32_t>(Parts::kZeros + b * Parts::kSlabGroups * Parts::kBlockZeroBytes),
+                  p_.zero + rows * (Parts::kBlockZeroBytes / kChunkBytes), zero_bytes, barrier);
     }
   }
 
@@ -176,8 +182,8 @@ class WgmmaPipeline : GemmParts<Op, Tile, kGroups> {
   uint32_t barriers_;
   GroupTurn ahead_;
   Ring filled_, read_;
-  int current_ = 0, before_ = 0;  // stages of this slab and of the one before
-  uint32_t a_[kBuffers][Tile::kSlabs][4];
+  uint32_t a_[2][Tile::kSlabs][4];
+  static_assert(Tile::kThreads / kWarpLanes >= Parts::kTileBlocks);
 };
 
 }  // namespace turbo::cuda

@@ -85,18 +85,37 @@ inline cuda::DeviceTraits device_traits(const char* op, int32_t device) {
                                              attribute(cudaDevAttrComputeCapabilityMinor));
 }
 
+/// Counters by device and stream: those that stay, and those of a time in which memory is made that will not be kept.
+struct __attribute__((visibility("hidden"))) ArrivedCounters {
+  std::mutex mutex;
+  std::map<std::pair<int32_t, void*>, Tensor> kept, passing;
+  bool pass = false;
+};
+__attribute__((visibility("hidden"))) inline ArrivedCounters& all_arrived_counters() {
+  static auto* counters = new ArrivedCounters;  // torch may be gone before statics are
+  return *counters;
+}
+
+/// From now on calls use counters that are forgotten when this is called with false.
+inline void pass_arrived_counters(bool pass) {
+  ArrivedCounters& all = all_arrived_counters();
+  const std::lock_guard lock(all.mutex);
+  all.pass = pass;
+  if (!pass) all.passing.clear();
+}
+
 /// The counters of a stream, all 0 between launches: made at its first call, and so not while a graph is captured, if
 /// the same stream ran once before. Launches on one stream follow each other and may share them.
 inline Tensor arrived_counters(const Tensor& like, int32_t device, void* stream, int64_t words) {
-  static std::mutex mutex;
-  static auto* known = new std::map<std::pair<int32_t, void*>, Tensor>;  // torch may be gone before statics are
-  const std::lock_guard lock(mutex);
-  auto found = known->find({device, stream});
-  if (found == known->end() || found->second.numel() < words) {
+  ArrivedCounters& all = all_arrived_counters();
+  const std::lock_guard lock(all.mutex);
+  auto& known = all.pass ? all.passing : all.kept;
+  auto found = known.find({device, stream});
+  if (found == known.end() || found->second.numel() < words) {
     // More than tiles that run apart: those are fewer than multiprocessors.
     constexpr int64_t kLeast = 1024;
     const std::vector<int64_t> size{words < kLeast ? kLeast : words};
-    found = known->insert_or_assign({device, stream}, torch::stable::new_zeros(like, size, ScalarType::Int)).first;
+    found = known.insert_or_assign({device, stream}, torch::stable::new_zeros(like, size, ScalarType::Int)).first;
   }
   return found->second;
 }

@@ -57,12 +57,14 @@ void cuda_force_tile(int64_t tile, bool apart) {
     cuda::force_tile(cuda::TileChoice{0, static_cast<int>(tile), apart});
 }
 
-bool cuda_last_product(Tensor out) {
-  check_numbers("cuda_last_product", "out", out, kProductNumbers, 1);
-  const auto last = cuda::last_product();
+bool cuda_take_product(Tensor out) {
+  check_numbers("cuda_take_product", "out", out, kProductNumbers, 1);
+  const auto last = cuda::take_product();
   if (last) cuda::write_product(*last, static_cast<int64_t*>(out.data_ptr()));
   return last.has_value();
 }
+
+void cuda_pass_counters(bool pass) { pass_arrived_counters(pass); }
 
 }  // namespace
 
@@ -70,12 +72,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_plugin_tm, m) {
   m.def("cuda_tiles(int device, Tensor(a!) out) -> int");
   m.def("cuda_choose_tiles(Tensor product, Tensor choices) -> ()");
   m.def("cuda_force_tile(int tile, bool apart) -> ()");
-  m.def("cuda_last_product(Tensor(a!) out) -> bool");
+  m.def("cuda_take_product(Tensor(a!) out) -> bool");
+  m.def("cuda_pass_counters(bool pass) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_plugin_tm, CompositeExplicitAutograd, m) {
   m.impl("cuda_tiles", TORCH_BOX(&cuda_tiles));
   m.impl("cuda_choose_tiles", TORCH_BOX(&cuda_choose_tiles));
   m.impl("cuda_force_tile", TORCH_BOX(&cuda_force_tile));
-  m.impl("cuda_last_product", TORCH_BOX(&cuda_last_product));
+  m.impl("cuda_take_product", TORCH_BOX(&cuda_take_product));
+  m.impl("cuda_pass_counters", TORCH_BOX(&cuda_pass_counters));
 }

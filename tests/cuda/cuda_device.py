@@ -202,9 +202,9 @@ class Device(ABC):
         """Numbers as csrc/cuda/c_api.h has them, int64."""
         self.library.tm_cuda_choose_tiles(product.data_ptr(), choices.data_ptr(), len(choices))
 
-    def last_product(self, out: Tensor) -> bool:
-        """Writes what the last plan was for to int64 [5], if there was one."""
-        return bool(self.library.tm_cuda_last_product(ctypes.c_void_p(out.data_ptr())))
+    def take_product(self, out: Tensor) -> bool:
+        """Writes what the last plan was for to int64 [5], if there was one since the last call."""
+        return bool(self.library.tm_cuda_take_product(ctypes.c_void_p(out.data_ptr())))
 
     @contextmanager
     def rows(self, x: Tensor, place: Place) -> Iterator[int]:

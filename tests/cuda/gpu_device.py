@@ -58,7 +58,7 @@ class Gpu(Device):
 
     @property
     def wgmma(self) -> bool:
-        return torch.cuda.get_device_capability() == (9, 0)
+        return bool(self.library.tm_cuda_has_wgmma(*torch.cuda.get_device_capability()))
 
     def set_order(self, order: int, seed: int = 0) -> None:
         """Nothing: a GPU runs blocks in an order of its own."""

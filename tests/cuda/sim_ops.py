@@ -25,6 +25,7 @@ class Ops:
 
     def __init__(self, sim: Device) -> None:
         self.sim = sim
+        self.counters_pass = False
 
     def cuda_tiles(self, device: int, out: Tensor) -> int:
         """Index, family, channels and rows of each tile."""
@@ -37,6 +38,10 @@ class Ops:
     def cuda_force_tile(self, tile: int, apart: bool) -> None:
         """Until it is called with -1."""
         self.sim.library.tm_cuda_force_tile(tile, apart)
+
+    def cuda_pass_counters(self, on: bool) -> None:
+        """Whether launches keep their counters: here none does."""
+        self.counters_pass = on
 
     def w4a16_pack(
         self,
@@ -176,7 +181,8 @@ def use_simulator(monkeypatch: pytest.MonkeyPatch, sim: Device) -> Ops:
     replaced["w4a8_linear"] = made.four_bits("w4a8", sim.a8_linear)
     replaced |= {f"{scheme}_moe": made.moe(scheme) for scheme in ("w4a16", "w4a8", "w8a8")}
     replaced |= {name: getattr(made, name) for name in ("cuda_tiles", "cuda_force_tile")}
-    replaced |= {"cuda_choose_tiles": sim.choose_tiles, "cuda_last_product": sim.last_product}
+    replaced |= {"cuda_choose_tiles": sim.choose_tiles, "cuda_take_product": sim.take_product}
+    replaced["cuda_pass_counters"] = made.cuda_pass_counters
     for name, op in replaced.items():
         # Some exist only where a GPU's library was built.
         monkeypatch.setattr(torch.ops.vllm_plugin_tm, name, op, raising=False)

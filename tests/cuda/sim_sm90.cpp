@@ -193,6 +193,27 @@ SIM_TEST(products_of_four_warps_are_the_same) {
                with([] { return shared_matrix<128>(128); }));
 }
 
+SIM_TEST(lanes_that_waited_meet_before_they_multiply) {
+  std::vector<Registers> all(128);
+  const auto after_a_wait = [&](auto meet) {
+    return [&, meet] {
+      Registers& r = all[static_cast<size_t>(thread_index())] = {};
+      make_barriers(128);
+      zero_rows();
+      async_proxy_fence();
+      barrier_arrive(kBarrier);
+      barrier_wait(kBarrier, 0);
+      meet();
+      wgmma_fence();
+      wgmma(F16{}, r.d, r.a, shared_matrix<128>(0));
+      wgmma_commit();
+      wgmma_wait<0>();
+    };
+  };
+  expect_clean(kGroup, after_a_wait([] { sync_warp(); }));
+  expect_fault({"lanes may have parted there, and need a __syncwarp"}, kGroup, after_a_wait([] {}));
+}
+
 SIM_TEST(phases_hand_over) {
   const Shape two_warps{1, 64, 4096 + 16};
   // The second warp writes what the first one reads, and writes it again.

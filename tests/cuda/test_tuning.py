@@ -5,6 +5,9 @@ a clock that says which tile is fast."""
 import json
 import logging
 import stat
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,7 @@ from vllm_plugin_tm.tuning import choices as kept
 from vllm_plugin_tm.tuning import measure
 
 ROWS = (1, 20)
-FAST = {1: "mma 128x16", 20: "mma 128x64"}  # by the number of rows
+FAST = {1: "mma 128x16", 4: "mma 128x32", 20: "mma 128x64"}  # by the number of rows
 LAYERS = 4  # kinds of tiny_llama's: qkv, o, gate_up, down
 
 
@@ -40,9 +43,14 @@ class Clock:
     """A device on which one tile is fast for each number of rows; the others are not."""
 
     def __init__(self, force: Callable[[int, bool], None], name: str = "a GPU") -> None:
-        self.name, self.measured = name, 0
+        self.name, self.measured, self.room = name, 0, 1 << 20
+        self.elsewhere: torch.Tensor | None = None
         self._force = force
         self._forced = (-1, False)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """All but one."""
+        return tensor is not self.elsewhere
 
     def tiles(self) -> dict[str, int]:
         """As a GPU has them."""
@@ -57,6 +65,8 @@ class Clock:
         """Runs once; apart slices are the slow ones."""
         self.measured += 1
         rows = run().shape[0]
+        if rows > self.room:
+            raise torch.OutOfMemoryError(f"{rows} rows")
         tile, apart = self._forced
         fast = tile == self.tiles().get(FAST.get(rows, ""))
         return 1e-6 * (1 if fast else 3) + 1e-7 * apart
@@ -140,18 +150,39 @@ def test_slices_run_apart_only_where_they_may(clock: Clock, simulated: Simulator
 
 
 @pytest.mark.slow
-def test_experts_are_chosen_for(clock: Clock, tmp_path: Path) -> None:
+def test_experts_are_chosen_for(
+    clock: Clock, simulated: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By their first product, whatever their second is; rows are tokens times choices."""
     quantized(tiny_moe, symmetric=False, group=32)(tmp_path, 0)
     model = tiny_llama.load(tmp_path)
     path = tmp_path / "tiles.json"
-    measured, known = measure.tune(model, path, clock, (8,))
+    (layer,) = [layer for layer in measure._layers(model, clock) if layer.times > 1]
+    taken: list[int] = []
+    plan = simulated.plan_moe_tile
+    monkeypatch.setattr(simulated, "plan_moe_tile", lambda args: _noted(taken, plan(args)))
+
+    def run(tokens: int) -> torch.Tensor:
+        torch.manual_seed(3)
+        return layer.call(tokens)()
+
+    before = run(4)
+    measured, known = measure.tune(model, path, clock, (4,))
     (found,) = kept.read(path).values()
-    experts = [product for product in found.products if product.experts]
-    assert len(experts) == 1
-    assert experts[0].scheme == "w4a16"
-    assert experts[0].experts == 4
+    (experts,) = [product for product in found.products if product.experts]
+    assert (experts.scheme, experts.experts) == ("w4a16", 4)
+    (choice,) = found.products[experts]
+    assert (choice.rows, choice.tile, choice.apart) == (4 * tiny_moe.TOP_K, FAST[4], False)
     assert measured == known == len(found.products)
+    assert torch.equal(run(4), before)
+    assert taken[-1] == clock.tiles()[FAST[4]] != taken[0]
+    run(5)  # more than were measured
+    assert taken[-1] == taken[0]
+
+
+def _noted(notes: list[int], value: int) -> int:
+    notes.append(value)
+    return value
 
 
 def test_other_devices_and_other_tiles_are_measured_again(clock: Clock, tmp_path: Path) -> None:
@@ -204,11 +235,15 @@ def _choices(*rows: int, tile: str = "mma 128x8") -> list[dict[str, Any]]:
         (_device(choices=_choices(8, 1)), "choices of"),
         (_device(choices=_choices(8, tile="mma 1x1")), "choices of"),
         (_device(choices=[{"rows": 1}]), "TypeError"),
+        (_device(choices=[_choices(1)[0] | {"rows": "8"}]), "TypeError"),
+        (_device(n="64"), "TypeError"),
+        ("\x00\x81", "is not a file of measured tiles"),
     ],
 )
 def test_files_that_are_none_of_ours(tmp_path: Path, content: Any, reason: str) -> None:
     path = tmp_path / "tiles.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    text = content if isinstance(content, str) else json.dumps(content)
+    path.write_bytes(text.encode("latin-1"))
     with pytest.raises(kept.TuningError, match=reason) as caught:
         kept.read(path)
     assert str(path) in str(caught.value)
@@ -231,18 +266,92 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(kept.TuningError, match=r"tiles\.json: "):
         kept.write(path, {})
     assert not path.exists()
-    with pytest.raises(kept.TuningError, match=r"missing/tiles\.json: "):
-        measure.tune(torch.nn.Linear(1, 1), tmp_path / "missing" / "tiles.json", _Named())
 
 
-class _Named:
-    name = "a GPU"
+def test_what_cannot_be_kept(
+    clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No folder: refused before anything is measured. A full disk after it: the choices hold. A
+    file that knows everything is not written, nor locked."""
+    model = _load(tmp_path)
+    with pytest.raises(kept.TuningError, match=r"missing/tiles\.json"):
+        measure.tune(model, tmp_path / "missing" / "tiles.json", clock, (1,))
+    assert clock.measured == 0
+    path = tmp_path / "tiles.json"
+    path.with_name("tiles.json.partial").mkdir()
+    assert measure.tune(model, path, clock, (1,)) == (LAYERS, LAYERS)
+    assert "holds for this process only" in caplog.text
+    assert not path.exists()
+    path.with_name("tiles.json.partial").rmdir()
+    measure.tune(model, path, clock, (1,))
+    lock = path.with_name("tiles.json.lock")
+    lock.unlink()
+    written = path.stat().st_mtime_ns
+    assert measure.tune(model, path, clock, (1,)) == (0, LAYERS)
+    assert not lock.exists()
+    assert path.stat().st_mtime_ns == written
 
-    def tiles(self) -> dict[str, int]:
-        return {}
 
-    def seconds(self, run: Callable[[], object]) -> float:
-        raise AssertionError(run)
+def test_layers_that_cannot_be_measured(
+    clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Weights that vLLM has offloaded; more rows than there is memory for."""
+    model = _load(tmp_path)
+    module = model.get_submodule("model.layers.0.self_attn.qkv_proj")
+    clock.elsewhere = next(module.parameters())
+    clock.room = 1
+    path = tmp_path / "tiles.json"
+    with caplog.at_level(logging.INFO, logger="vllm.plugin_tm"):
+        measured, known = measure.tune(model, path, clock, ROWS)
+    assert measured == known
+    assert "1 layers are not in the GPU's memory" in caplog.text
+    (found,) = kept.read(path).values()
+    assert {choice.rows for choices in found.products.values() for choice in choices} == {1}
+    clock.room = 0
+    path.unlink()
+    measure.tune(model, path, clock, ROWS)
+    assert not any(next(iter(kept.read(path).values())).products.values())
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from vllm_plugin_tm.tuning.choices import locked
+import logging
+with locked(Path(sys.argv[1]), logging.getLogger()):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_processes_take_turns(
+    clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The second one waits, says so, and finds what the first one measured meanwhile."""
+    model = _load(tmp_path)
+    path, other = tmp_path / "tiles.json", tmp_path / "other.json"
+    measure.tune(model, other, clock, (1,))
+    command = [sys.executable, "-c", HOLDER, str(path)]
+    clock.measured = 0
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+
+        def end() -> None:
+            assert holder.stdin is not None
+            path.write_text(other.read_text())
+            holder.stdin.close()
+
+        timer = threading.Timer(1.0, end)
+        timer.start()
+        with caplog.at_level(logging.INFO, logger="vllm.plugin_tm"):
+            assert measure.tune(model, path, clock, (1,)) == (0, LAYERS)
+        timer.join()
+    assert "waiting for another process that measures tiles" in caplog.text
+    assert clock.measured == 0
 
 
 def test_models_are_tuned_when_they_are_loaded(
@@ -254,15 +363,17 @@ def test_models_are_tuned_when_they_are_loaded(
     """Where the variable names a file, and the log says so."""
     path = tmp_path / "tiles.json"
     monkeypatch.setattr(measure, "Gpu", lambda: clock)
-    monkeypatch.setattr(measure.tune, "__defaults__", (ROWS,))
+    monkeypatch.setattr(measure, "ROWS", (1, 4096))
     _load(tmp_path)
     assert not path.exists()
     monkeypatch.setenv("VLLM_PLUGIN_TM_CUDA_TUNING", str(path))
     with caplog.at_level(logging.INFO, logger="vllm.plugin_tm"):
-        tiny_llama.load(tmp_path)
+        tiny_llama.load(tmp_path, max_num_batched_tokens=64)
     assert f"for {LAYERS} kinds of layers by {path}, of which {LAYERS} were measured" in caplog.text
     assert stat.S_ISREG(path.stat().st_mode)
-    tiny_llama.load(tmp_path)
+    (found,) = kept.read(path).values()
+    assert {choices[-1].rows for choices in found.products.values()} == {64}
+    tiny_llama.load(tmp_path, max_num_batched_tokens=64)
     assert f"for {LAYERS} kinds of layers by {path}, of which 0 were measured" in caplog.text
 
 

@@ -53,7 +53,8 @@ class _LayerTable(BaseModelLoader):
         layer_table.remember(rows)
         logger.info("%s", layer_table.render(rows))
         if envs.cuda_tuning() and machine.device() == "cuda":
-            tune_loaded(model, envs.cuda_tuning())
+            most_rows = vllm_config.scheduler_config.max_num_batched_tokens
+            tune_loaded(model, envs.cuda_tuning(), most_rows)
         return model
 
     def create_model(

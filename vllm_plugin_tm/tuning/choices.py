@@ -2,12 +2,15 @@
 """The file of measured tiles: for each device and kind of layer, which tile for how many rows."""
 
 import json
-from contextlib import suppress
+import logging
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 FORMAT = "vllm-plugin-tm tuning 1"
 SCHEMES = ("w4a16", "w4a8", "w8a8")
@@ -40,8 +43,8 @@ class Choice:
 
 @dataclass
 class Choices:
-    """A device's products. `tiles` are the names it was measured with: others mean that the kernels
-    have changed, and that it is to be measured again."""
+    """A device's products. `tiles` are the names it was measured with: where the kernels have
+    others now it is to be measured again."""
 
     tiles: list[str]
     products: dict[Product, list[Choice]] = field(default_factory=dict)
@@ -50,16 +53,14 @@ class Choices:
 def read(path: Path) -> dict[str, Choices]:
     """What the file has, by device; nothing if there is none. Raises TuningError."""
     try:
-        text = path.read_text()
+        found = json.loads(path.read_text())
+        if found["format"] != FORMAT:
+            raise TuningError(f"{path}: format {found['format']!r}, expected {FORMAT!r}")
+        return {name: _parsed(part) for name, part in found["devices"].items()}
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise TuningError(f"{path}: {error.strerror}") from error
-    try:
-        found = json.loads(text)
-        if found["format"] != FORMAT:
-            raise TuningError(f"{path}: format {found['format']!r}, expected {FORMAT!r}")
-        return {name: _parsed(part) for name, part in found["devices"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TuningError(
             f"{path} is not a file of measured tiles ({error!r}): name another one, or remove it"
@@ -71,10 +72,11 @@ def _parsed(part: Any) -> Choices:
     products = {}
     for entry in part["products"]:
         choices = [Choice(**choice) for choice in entry["choices"]]
-        rows = [choice.rows for choice in choices]
+        rows = [operator.index(choice.rows) for choice in choices]
         if rows != sorted(set(rows)) or not {choice.tile for choice in choices} <= set(names):
             raise ValueError(f"choices of {entry}")
-        product = Product(*(entry[name] for name in Product._fields))
+        sizes = [operator.index(entry[name]) for name in Product._fields[1:]]
+        product = Product(str(entry["scheme"]), *sizes)
         if product.scheme not in SCHEMES:
             raise ValueError(f"scheme {product.scheme!r}")
         products[product] = choices
@@ -106,11 +108,22 @@ def write(path: Path, devices: dict[str, Choices]) -> None:
         raise TuningError(f"{path}: {error.strerror}") from error
 
 
-def locked(path: Path) -> FileLock:
-    """The lock of those who may write the file. Raises TuningError where there is no folder."""
-    lock = path.with_name(f"{path.name}.lock")
+@contextmanager
+def locked(path: Path, logger: logging.Logger) -> Iterator[None]:
+    """The lock of those who may write the file, which ends with its process; waits for it, and logs
+    that. Raises TuningError where none can be made."""
+    if not path.parent.is_dir():  # which the lock would make
+        raise TuningError(f"{path}: there is no such folder")
+    lock = FileLock(path.with_name(f"{path.name}.lock"))
     try:
-        lock.touch()
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.info("waiting for another process that measures tiles: %s", lock.lock_file)
+            lock.acquire()
     except OSError as error:
         raise TuningError(f"{path}: {error.strerror}") from error
-    return FileLock(lock)
+    try:
+        yield
+    finally:
+        lock.release()

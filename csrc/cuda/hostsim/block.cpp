@@ -113,7 +113,7 @@ void Block::reset_threads() {
     thread.waiting_in = "";
     thread.open_copies.clear();
     thread.copy_groups.clear();
-    thread.products_fenced = false;
+    thread.products_fenced = thread.parted = false;
     thread.open_products.clear();
     thread.product_groups.clear();
     thread.fibre.prepare(stacks().end(t), &Block::thread_body, &thread);
@@ -186,14 +186,17 @@ void Block::sync_threads() {
   barrier_time_ = ++now_;
   const auto first = static_cast<ptrdiff_t>(grid_thread(block_number_, 0));
   std::copy_n(fences_.begin() + first, launch_.threads, fences_at_barrier_.begin() + first);
-  for (Thread& thread : threads_)
+  for (Thread& thread : threads_) {
+    thread.parted = false;
     if (thread.wait == Wait::block) thread.wait = Wait::runnable;
+  }
 }
 
 void Block::sync_warp() {
   collective("__syncwarp", nullptr, [](Block& block, void* (&)[kWarp]) {
     block.warps_[block.current_->index / kWarp].sync_time = ++block.now_;
     block.share_known(block.current_->index / kWarp);
+    for (unsigned lane = 0; lane < kWarp; ++lane) block.threads_[block.lane_thread(lane)].parted = false;
   });
 }
 

@@ -76,6 +76,7 @@ struct Thread {
   std::vector<AsyncCopy> open_copies;
   std::deque<std::vector<AsyncCopy>> copy_groups;  // oldest first
   bool products_fenced;
+  bool parted;  // from its warp's other lanes, maybe: it has waited for a phase
   std::vector<Product> open_products;
   std::deque<std::vector<Product>> product_groups;  // oldest first
 };

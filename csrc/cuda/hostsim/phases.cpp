@@ -143,6 +143,7 @@ bool Block::finish_coming() {
 
 void Block::barrier_wait(uint32_t address, uint32_t parity) {
   PhaseBarrier& barrier = phase_barrier(address, "mbarrier.try_wait");
+  current_->parted = true;
   while (barrier.phases % 2 == parity) {
     current_->waiting_for = address;
     suspend(Wait::phase, "mbarrier.try_wait");

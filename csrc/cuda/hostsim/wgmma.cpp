@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Reported beside races: registers that change, and operands that are overwritten, while a product reads them; products
-// without a fence of registers before them, or of the proxies after ordinary stores and cp.async; descriptors that the
-// layout does not allow.
+// without a fence of registers before them, or of the proxies after ordinary stores and cp.async; lanes that may have
+// parted; descriptors that the layout does not allow.
 #include "wgmma.h"
 
 #include <algorithm>
@@ -148,6 +148,8 @@ void Block::load_async_proxy(uint32_t address, void* to, unsigned thread) {
 
 void Block::start_product(unsigned lane, Product product) {
   Thread& thread = threads_[lane_thread(lane)];
+  if (thread.parted)
+    fault("wgmma after a wait for a phase: lanes may have parted there, and need a __syncwarp", thread.index);
   if (!thread.products_fenced) fault("wgmma without a wgmma.fence since the last commit", thread.index);
   thread.open_products.push_back(std::move(product));
 }
