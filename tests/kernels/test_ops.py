@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from linear_cases import DTYPES, MODES, Layer, make_layer, make_x
+from op_check import opcheck, python_dispatch_is_off
 
 from vllm_plugin_tm import envs
 from vllm_plugin_tm.bench import machine
@@ -38,7 +39,7 @@ def test_opcheck_linear(mode: str, dtype: torch.dtype, asymmetric: bool, bias: b
     layer = _case(mode, dtype, asymmetric, bias)
     for shape in ((3, K), (2, 3, K), (1, K), (0, K)):
         x = make_x(6, K, dtype).view(-1)[: torch.Size(shape).numel()].view(shape)
-        torch.library.opcheck(layer.linear.default, tuple(layer.arguments(x).values()))
+        opcheck(layer.linear.default, tuple(layer.arguments(x).values()))
 
 
 @pytest.mark.parametrize("mode", ["w4a16", "w8a16", "w8a8"])
@@ -47,7 +48,19 @@ def test_opcheck_pack(mode: str, dtype: torch.dtype) -> None:
     for asymmetric in (False, True):
         layer = _case(mode, dtype, asymmetric, False)
         pack = getattr(torch.ops.vllm_plugin_tm, f"{mode}_pack")
-        torch.library.opcheck(pack.default, layer.disk)
+        opcheck(pack.default, layer.disk)
+
+
+def test_opcheck_survives_a_state_that_torch_left_behind() -> None:
+    """What an op does wrong still fails."""
+    layer = _case("w4a16", torch.bfloat16, False, False)
+    arguments = tuple(layer.arguments(make_x(2, K, torch.bfloat16)).values())
+    torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.Python, True)
+    with pytest.warns(UserWarning, match="left its Python dispatch off"):
+        opcheck(layer.linear.default, arguments)
+    assert not python_dispatch_is_off()
+    with pytest.raises(Exception, match="missing value for argument 'scale'"):
+        opcheck(layer.linear.default, arguments[:2])
 
 
 @pytest.mark.parametrize("shape", [(7, K), (2, 5, K), (0, K), (K,)])
