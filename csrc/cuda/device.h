@@ -19,7 +19,7 @@
 //   accumulators D [16 x 8] of both:  d0: row g, column 2t    d1: row g, column 2t+1
 //                                     d2: row g + 8, column 2t    d3: row g + 8, column 2t+1
 //   wgmma: A [64 x 32 bytes of k], 16 rows of each of four warps, and accumulators, eight columns after eight, as
-//     above; B in shared memory (gemm_sm90.h). sm_90a only, as all of device_sm90_ptx.h.
+//     above; B in shared memory (wgmma_pipeline.h). sm_90a only, as all of device_sm90_ptx.h.
 //   ldmatrix: an 8 x 8 matrix of 16-bit elements. Eight lanes name its rows, 16 bytes each; lane (g, t) gets the
 //     elements 2t and 2t+1 of row g: with rows = columns of B in memory, that is b0 of eight k.
 #pragma once

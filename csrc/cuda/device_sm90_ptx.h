@@ -87,7 +87,7 @@ TM_DEVICE void pin(int32_t& v) { asm volatile("" : "+r"(v)::"memory"); }
 TM_DEVICE void pin(uint32_t& v) { asm volatile("" : "+r"(v)::"memory"); }
 
 // d [64 x 8 * Columns] += A [64 x 32 bytes of k] * B, the rows of A being the sixteens of four warps side by side.
-// Each warp has its fragment of A, and of d, as in mma.sync; B lies in shared memory as `b` says (warpgroup.h).
+// Each warp has its fragment of A, and of d, as in mma.sync; B lies in shared memory as `b` says (wgmma_pipeline.h).
 #define TM_D4 "%0, %1, %2, %3"
 #define TM_D8 TM_D4 ", %4, %5, %6, %7"
 #define TM_D16 TM_D8 ", %8, %9, %10, %11, %12, %13, %14, %15"

@@ -7,9 +7,9 @@
 namespace turbo::cuda {
 
 /// Calls X(family, channels, rows, warps along channels, warps along rows, stages, blocks of a multiprocessor), fewest rows
-/// first in each family. Many channels of few bits are cheaper to bring than as many rows of x: with wgmma, which is twice as
-/// fast as what L2 was built for, 256 channels meet 64 rows. Stages are what keeps memory busy while few rows are multiplied; shared memory of the first family
-/// stays below the 99 KiB that a block of sm_86 and sm_89 may have. No device runs both: mma.sync and wgmma are not
+/// first in each family. Channels of few bits are cheaper to bring than rows of x: with wgmma, where L2 may be the limit,
+/// 256 channels meet 64 rows, too. Stages are what keeps memory busy while few rows are multiplied; shared memory of the
+/// first family stays below the 99 KiB that a block of sm_86 and sm_89 may have. No device runs both: mma.sync and wgmma are not
 /// known to sum in the same order, and a row must have its bits in every tile.
 #define TM_TILES(X)                      \
   X(Family::mma, 128, 8, 4, 1, 6, 3)     \
