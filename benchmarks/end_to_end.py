@@ -34,6 +34,7 @@ from workers import (
     end_with_this_process,
 )
 
+from vllm_plugin_tm import envs
 from vllm_plugin_tm.bench import amx, limits, machine
 from vllm_plugin_tm.kernels import ops
 
@@ -162,6 +163,8 @@ def _start(name: str, args: argparse.Namespace, directory: Path) -> Worker:
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cpus)),
         "VLLM_CPU_KVCACHE_SPACE": "1",
     }
+    if kind.plugin and amx.is_hidden() and envs.isa() == "auto":
+        environment["VLLM_PLUGIN_TM_ISA"] = amx.isa()
     worker = Path(__file__).with_name("vllm_worker.py")
     command = [sys.executable, str(worker), str(model), json.dumps(kind.arguments)]
     others = tuple(k.chosen for k in _ENGINES.values() if k.chosen not in ("", kind.chosen))

@@ -13,6 +13,7 @@ from vllm_plugin_tm.bench.cases import (
     TORCH,
     UPSTREAM,
     UPSTREAM_BF16,
+    UPSTREAM_W8A8,
 )
 from vllm_plugin_tm.bench.figures import Figures
 from vllm_plugin_tm.bench.results import PackRow, Report
@@ -64,12 +65,19 @@ class Outcome:
 @dataclass(frozen=True)
 class _OfRows:
     """`rows` says which of our bf16 rows count; LARGE matrices only, unless `every_shape`. Routed
-    experts: all layers."""
+    experts: all layers. `amx`: the instruction set is AMX, else another one; goals that compare
+    with the memory hold for all."""
 
     goal: Goal
     rows: Callable[[Figures], bool]
     figure: Callable[[Figures], float | None]
     every_shape: bool = False
+    amx: bool = False
+
+    def counts(self, row: Figures) -> bool:
+        """Whether the goal is about this row."""
+        isa = self.figure is _read or self.amx == (row.isa == "amx")
+        return isa and row.scheme == self.goal.scheme and self.rows(row)
 
 
 def _at(m: int) -> Callable[[Figures], bool]:
@@ -184,6 +192,43 @@ _EXPERTS = tuple(
     for scheme in family
 )
 
+# On AMX. Upstream's W4A8 is a reference loop there too: W4A8 is compared with its W8A8.
+_ON_AMX = (
+    _OfRows(
+        Goal("w4a16", "AMX, M>=256: times torch bf16", 1.5, None),
+        _from(256),
+        _over(TORCH),
+        amx=True,
+    ),
+    *(
+        _OfRows(Goal(scheme, f"AMX, {name}", must, aim, percent), rows, figure, amx=True)
+        for scheme, upstream, over_upstream in (
+            ("w4a16", UPSTREAM, None),
+            ("w4a8", UPSTREAM_W8A8, 1.2),
+            ("w8a8", UPSTREAM, 1.2),
+        )
+        for name, must, aim, percent, rows, figure in (
+            (f"M=1: times {upstream}", 1.0, None, False, _at(1), _over(upstream)),
+            (f"M=16 to 64: times {upstream}", 1.0, 1.3, False, _between(16, 64), _over(upstream)),
+            ("M>=256: of the tile peak", 0.60, 0.80, True, _from(256), _dot),
+            (f"M>=256: times {upstream}", 1.0, over_upstream, False, _from(256), _over(upstream)),
+        )
+    ),
+)
+_EXPERTS_ON_AMX = tuple(
+    _OfRows(
+        Goal(scheme, f"AMX, experts, T=1024: {name}", must, aim, percent),
+        _at(1024),
+        figure,
+        amx=True,
+    )
+    for scheme in ("w4a16", "w4a8", "w8a8")
+    for name, must, aim, percent, figure in (
+        ("of the tile peak", 0.50, 0.70, True, _dot),
+        ("times upstream", 1.0, None, False, _over(UPSTREAM)),
+    )
+)
+
 # Ratio of an engine of end_to_end.py with the plugin to another: (plugin's, what, other) -> goal.
 _END_TO_END = {
     ("plugin W4A16", "decode", "upstream W4A16"): (3.5, None),
@@ -213,19 +258,19 @@ def of_kernels(reports: Iterable[Report]) -> list[Outcome]:
     outcomes = [_outcome(of, large) for of in _W4A16]
     outcomes.append(Outcome(_PACKING, tuple((p.gbps, _words(p)) for p in packs)))
     outcomes.append(Outcome(_RESIDENT, tuple((1 / p.resident_ratio, _words(p)) for p in packs)))
-    outcomes += [_outcome(of, every if of.every_shape else large) for of in (*_OTHERS, *_FLOATS)]
+    others = (*_OTHERS, *_FLOATS, *_ON_AMX)
+    outcomes += [_outcome(of, every if of.every_shape else large) for of in others]
     return [outcome for outcome in outcomes if outcome.figures]
 
 
 def of_experts(report: Report) -> list[Outcome]:
     """Outcomes of the goals of routed experts that the report has figures for."""
-    outcomes = [_outcome(of, _judged(report.moe)) for of in _EXPERTS]
+    outcomes = [_outcome(of, _judged(report.moe)) for of in (*_EXPERTS, *_EXPERTS_ON_AMX)]
     return [outcome for outcome in outcomes if outcome.figures]
 
 
 def _outcome(of: _OfRows, rows: Sequence[Figures]) -> Outcome:
-    counted = [row for row in rows if row.scheme == of.goal.scheme and of.rows(row)]
-    found = [(of.figure(row), _words(row)) for row in counted]
+    found = [(of.figure(row), _words(row)) for row in rows if of.counts(row)]
     return Outcome(of.goal, tuple((value, words) for value, words in found if value is not None))
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests share: a clean set of our variables, no AMX, the repository's root."""
+"""What all tests share: a clean set of our variables, an upstream without AMX, the repository's
+root."""
 
 import gc
 import os
@@ -14,7 +15,7 @@ _CHILD_SITE = Path(__file__).with_name("child_site")
 
 
 def pytest_configure() -> None:
-    """No AMX, here and in children: child_site says why."""
+    """Hides AMX from torch, here and in children: child_site says why."""
     if "amx_tile" not in Path("/proc/cpuinfo").read_text().split():
         return
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)

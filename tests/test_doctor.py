@@ -119,6 +119,15 @@ def test_broken_things_are_found(monkeypatch, break_it, section, word):
     assert any(word in check.detail for check in failed)
 
 
+@needs_extension
+@pytest.mark.parametrize("problem", ["", "this processor has AMX, but a made-up reason"])
+def test_an_amx_that_the_system_refuses_is_shown(monkeypatch, problem):
+    pytest.importorskip("vllm")
+    monkeypatch.setattr(ops, "amx_problem", lambda: problem)
+    found = [(check.state, check.detail) for check in checks._processor() if check.name == "AMX"]
+    assert found == ([("warn", problem)] if problem else [])
+
+
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_a_broken_thing_makes_the_status_1(monkeypatch, capsys, flags):
     section = {"Machine": lambda: [checks.Check("disk", "fail", "on fire")]}

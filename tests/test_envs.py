@@ -37,7 +37,7 @@ def test_isa_spellings(monkeypatch, text):
     assert envs.isa() == text
 
 
-@pytest.mark.parametrize("text", ["AVX2", "amx", "avx512_bf16", "avx2,avx512"])
+@pytest.mark.parametrize("text", ["AVX2", "AMX", "avx512_bf16", "avx2,avx512"])
 def test_isa_refuses_other_spellings(monkeypatch, text):
     monkeypatch.setenv("VLLM_PLUGIN_TM_ISA", text)
     with pytest.raises(envs.EnvError, match=r'VLLM_PLUGIN_TM_ISA=.*"avx512bf16"'):

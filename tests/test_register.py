@@ -193,6 +193,29 @@ def test_an_instruction_set_that_the_processor_lacks_is_refused():
 
 @pytest.mark.slow
 @needs_extension
+def test_an_amx_that_the_system_refuses_is_said_once_unless_another_set_is_forced():
+    pytest.importorskip("vllm")
+    refused = (
+        "from vllm_plugin_tm.kernels import ops\n"
+        "isas = tuple(isa for isa in ops.cpu_isas() if isa != 'amx')\n"
+        "ops.cpu_isas = lambda: isas\n"
+        "ops.amx_problem = lambda: 'this processor has AMX, but a made-up reason'\n"
+        "import vllm_plugin_tm; vllm_plugin_tm.register()"
+    )
+    said = "vllm-plugin-tm: this processor has AMX, but a made-up reason"
+    assert assert_runs(refused, VLLM_PLUGIN_TM="1").count(said) == 1
+    assert said not in assert_runs(refused, VLLM_PLUGIN_TM="1", VLLM_PLUGIN_TM_ISA="avx2")
+    assert_refuses(
+        refused,
+        "VLLM_PLUGIN_TM_ISA='amx'",
+        "a made-up reason",
+        VLLM_PLUGIN_TM="1",
+        VLLM_PLUGIN_TM_ISA="amx",
+    )
+
+
+@pytest.mark.slow
+@needs_extension
 def test_what_is_about_gpus_is_refused_on_a_cpu(tmp_path):
     pytest.importorskip("vllm")
     assert_refuses(

@@ -132,4 +132,7 @@ def _usable_cpu() -> bool:
             "everything is left to upstream"
         )
         return False
+    problem = ops.amx_problem()
+    if problem and wanted == "auto":
+        logger.warning("vllm-plugin-tm: %s", problem)
     return True

@@ -9,7 +9,7 @@ from pathlib import Path
 
 PREFIX = "VLLM_PLUGIN_TM"
 
-ISAS = ("avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2")
+ISAS = ("amx", "avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2")
 SCHEMES = ("w4a16", "w8a16", "w4a8", "w8a8", "fp8", "fp4")
 
 

@@ -3,7 +3,6 @@
 
 from typing import Literal
 
-from vllm_plugin_tm import envs
 from vllm_plugin_tm.kernels import ops
 from vllm_plugin_tm.quantization.support_matrix import CUDA_ISAS, Machine
 
@@ -28,14 +27,7 @@ def detect() -> Machine:
     a missing extension: the machine then simply has no instruction set that we can use."""
     if device() == "cuda":
         return Machine("cuda", gpu_isa() if ops.is_available() and ops.has_cuda() else None)
-    import torch
-
-    return Machine(
-        device="cpu",
-        isa=ops.get_isa() if ops.is_available() and ops.cpu_isas() else None,
-        amx=bool(torch.cpu._is_amx_tile_supported()),
-        isa_forced=envs.isa() != "auto",
-    )
+    return Machine("cpu", ops.get_isa() if ops.is_available() and ops.cpu_isas() else None)
 
 
 def gpu_isa() -> str | None:

@@ -50,6 +50,7 @@ struct Avx2 {
   static Raw int_zero() { return _mm256_setzero_si256(); }
   static Raw int_set1(int32_t v) { return _mm256_set1_epi32(v); }
   static Raw int_mul(Raw a, Raw b) { return _mm256_mullo_epi32(a, b); }
+  static Raw int_add(Raw a, Raw b) { return _mm256_add_epi32(a, b); }
   static Vec to_float(Raw v) { return _mm256_cvtepi32_ps(v); }
 
   template <DType D>

@@ -71,6 +71,7 @@ struct Avx512 {
   static Raw int_zero() { return _mm512_setzero_si512(); }
   static Raw int_set1(int32_t v) { return _mm512_set1_epi32(v); }
   static Raw int_mul(Raw a, Raw b) { return _mm512_mullo_epi32(a, b); }
+  static Raw int_add(Raw a, Raw b) { return _mm512_add_epi32(a, b); }
   static Vec to_float(Raw v) { return _mm512_cvtepi32_ps(v); }
 
   /// `count` values of type D as fp32, the other lanes 0; reads no further.

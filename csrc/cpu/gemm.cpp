@@ -13,6 +13,7 @@ namespace {
 /// For weights that are floats. With integers these share no instruction of their own, so VNNI has no part in them.
 const GemmIsa& float_kernels(const Gemm& args, Isa isa) {
   if (isa == Isa::avx2 || isa == Isa::avxvnni) return gemm_float_avx2(args);
+  if (isa == Isa::amx) return gemm_float_amx(args);
   const bool kept = args.activations == Activations::kept;
   if (isa != Isa::avx512bf16 || (kept && args.dtype == DType::f32)) return gemm_float_avx512(args);
   if (args.layout.code == Code::e2m1) return gemm_float_avx512bf16(args);
@@ -23,9 +24,11 @@ const GemmIsa& float_kernels(const Gemm& args, Isa isa) {
 }  // namespace
 
 const GemmIsa& kernels(const Gemm& args, Isa isa) {
-  if (args.layout.code != Code::integer) return float_kernels(args, isa);
   const bool kept = args.activations == Activations::kept;
+  if (kept && args.dtype == DType::f32) isa = vector_isa(isa);  // tiles have no products of fp32
+  if (args.layout.code != Code::integer) return float_kernels(args, isa);
   switch (isa) {
+    case Isa::amx: return gemm_amx(args);
     case Isa::avx512bf16:
       if (kept && args.dtype != DType::f32) return gemm_avx512bf16(args);
       [[fallthrough]];
@@ -42,7 +45,18 @@ const GemmIsa& kernels(const Gemm& args, Isa isa) {
 
 namespace {
 
-thread_local Scratch prepared_scratch;
+thread_local Scratch prepared_scratch, workspace_scratch;
+
+}  // namespace
+
+void run_share(const GemmIsa& isa, const Gemm& args, const PreparedX& x, Share share) {
+  if (share.tiles.begin >= share.tiles.end || share.row_tiles.begin >= share.row_tiles.end) return;
+  const int64_t bytes = isa.workspace(args, x, share);
+  if (bytes) share.workspace = workspace_scratch.ensure(static_cast<size_t>(bytes));
+  isa.run(args, x, share);
+}
+
+namespace {
 
 /// x as the kernels read it. Scratch memory: rows of units where x needs converting, tiles of units for many
 /// rows, and what PreparedX names per row and group.
@@ -54,19 +68,20 @@ PreparedX prepare(const Gemm& args, const GemmIsa& isa, const Parallel& parallel
   uint32_t* tiles = nullptr;
   for (int pass = 0; pass < 2; ++pass) {
     rows.take(pieces, args.rows);
-    tiles = pieces.take<uint32_t>(tiled, args.rows * rows.row_units);
+    tiles = pieces.take<uint32_t>(tiled, row_tiles * rows.room(row_tiles, ceil_div(args.rows, row_tiles)) * rows.tile_units);
     if (pass == 0) pieces.begin();
   }
 
   const auto prepare_tile = [&](int64_t tile) {
-    const Range range = part(args.rows, row_tiles, tile);
+    const Range range = row_tile(args.rows, row_tiles, tiled && isa.full_tiles, tile);
     const Unit* units[kMostTileRows];
     for (int64_t row = range.begin; row < range.end; ++row) {
       if (rows.needed()) rows.prepare(row);
       units[row - range.begin] = rows.units_of(row);
     }
     if (tiled)
-      isa.interleave(units, range.end - range.begin, rows.row_units, tiles + range.begin * rows.row_units);
+      isa.interleave(args, units, range.end - range.begin, rows.room(row_tiles, range.end - range.begin),
+                     tiles + range.begin * rows.tile_units);
   };
   if (tiled || rows.needed()) {
     if (args.rows * rows.row_units < kParallelUnits)
@@ -77,10 +92,11 @@ PreparedX prepare(const Gemm& args, const GemmIsa& isa, const Parallel& parallel
 
   const auto* from = tiled ? reinterpret_cast<const char*>(tiles) : reinterpret_cast<const char*>(rows.units_of(0));
   return {from,
-          tiled ? rows.row_units * 4 : rows.row_bytes(),
+          tiled ? rows.tile_units * 4 : rows.row_bytes(),
           tiled,
           args.rows,
           row_tiles,
+          tiled && isa.full_tiles,
           nullptr,
           rows.beside.sums,
           rows.beside.offsets,
@@ -98,7 +114,7 @@ void gemm_chunk(const Gemm& args, const GemmIsa& isa, const Parallel& parallel) 
     // Bound by memory: near-equal bytes for each thread.
     const int64_t tasks = std::min(tiles, parallel.threads);
     parallel(tasks, [&](int64_t task) {
-      isa.run(args, x, {part(tiles, tasks, task), {0, 1}});
+      run_share(isa, args, x, {part(tiles, tasks, task), {0, 1}});
     });
     return;
   }
@@ -111,11 +127,12 @@ void gemm_chunk(const Gemm& args, const GemmIsa& isa, const Parallel& parallel) 
   const int64_t tasks = std::min(items, parallel.threads);
   parallel(tasks, [&](int64_t task) {
     const Range mine = part(items, tasks, task);
-    for (int64_t item = mine.begin; item < mine.end; ++item) {
-      const int64_t tile = item / cuts * kBlockTiles;
-      isa.run(args, x,
-              {{tile, std::min(tile + kBlockTiles, tiles)}, part(x.row_tiles, cuts, item % cuts)});
-    }
+    const auto run = [&](int64_t begin, int64_t end, const Range& row_tiles) {
+      run_share(isa, args, x, {{begin * kBlockTiles, std::min(end * kBlockTiles, tiles)}, row_tiles});
+    };
+    if (cuts == 1) return run(mine.begin, mine.end, {0, x.row_tiles});
+    for (int64_t item = mine.begin; item < mine.end; ++item)
+      run(item / cuts, item / cuts + 1, part(x.row_tiles, cuts, item % cuts));
   });
 }
 

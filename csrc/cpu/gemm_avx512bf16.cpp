@@ -8,49 +8,20 @@
 //
 // Per 64 bytes of 8-bit weights (64 weights): 1 load, 9 shifts, 4 conversions, 2 joins and, for each row, 2 dots.
 #include "bf16_dot_avx512.h"
+#include "bf16_weights_avx512.h"
 
 namespace turbo::cpu {
 namespace {
 
-/// bf16 of the 4-bit two's complement codes, twice: vpermw looks at the low 5 bits of a lane, and bit 4
-/// belongs to the next weight, so that no mask is needed.
-inline __m512i signed_nibbles_bf16() {
-  // 0, 1, ..., 7 and -8, ..., -1 as the upper halves of their fp32 bits; a dword holds two entries.
-  const __m256i once = _mm256_setr_epi32(0x3F800000, 0x40404000, 0x40A04080, 0x40E040C0,
-                                         static_cast<int>(0xC0E0C100), static_cast<int>(0xC0A0C0C0),
-                                         static_cast<int>(0xC040C080), static_cast<int>(0xBF80C000));
-  return _mm512_broadcast_i64x4(once);
-}
-
 template <DType D>
-struct Kept4 : Bf16Dot<Kept4<D>, D> {
-  static constexpr int kDots = 4;
-
-  template <int J>
-  static __m512i decode(__m512i raw) {
-    return _mm512_permutexvar_epi16(J ? _mm512_srli_epi16(raw, 4 * J) : raw, signed_nibbles_bf16());
-  }
-  static Vec16 zero_vec(const uint32_t* zero, int v) {
-    return _mm512_permutexvar_ps(Avx512::zero_nibbles(zero, v), signed_nibbles_f32());
-  }
+struct Kept4 : Bf16Dot<Kept4<D>, D>, Int4Pairs {
+  static constexpr int kDots = kPairs;
 };
 
 template <DType D>
-struct Kept8 : Bf16Dot<Kept8<D>, D> {
-  static constexpr int kDots = 2;
+struct Kept8 : Bf16Dot<Kept8<D>, D>, Int8Pairs {
+  static constexpr int kDots = kPairs;
   static constexpr int64_t kManyFrom = 5;  // decoding is the bound for few rows
-
-  /// Bytes 2J and 2J + 1 as bf16: the fp32 of an 8-bit integer has nothing in its lower half.
-  template <int J>
-  static __m512i decode(__m512i raw) {
-    const __m512i even = _mm512_srai_epi32(_mm512_slli_epi32(raw, J ? 8 : 24), 24);
-    const __m512i odd = _mm512_srai_epi32(J ? raw : _mm512_slli_epi32(raw, 16), 24);
-    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(even)), 16);
-    return _mm512_or_si512(low, _mm512_castps_si512(_mm512_cvtepi32_ps(odd)));
-  }
-  static Vec16 zero_vec(const uint32_t* zero, int v) {
-    return _mm512_cvtepi32_ps(Avx512::zero_bytes(zero, v));
-  }
 };
 
 }  // namespace

@@ -2,28 +2,15 @@
 // Weights that are floats of 4 bits, AVX-512 with BF16: as gemm_avx512bf16.cpp has it for integers of 4 bits, with
 // another table. e2m1 is exact in bf16.
 #include "bf16_dot_avx512.h"
+#include "bf16_weights_avx512.h"
 
 namespace turbo::cpu {
 namespace {
 
-/// bf16 of the 16 codes, twice; a dword holds two entries.
-inline __m512i e2m1_bf16() {
-  const __m256i once = _mm256_setr_epi32(0x3F000000, 0x3FC03F80, 0x40404000, 0x40C04080,
-                                         static_cast<int>(0xBF008000), static_cast<int>(0xBFC0BF80),
-                                         static_cast<int>(0xC040C000), static_cast<int>(0xC0C0C080));
-  return _mm512_broadcast_i64x4(once);
-}
-
 template <DType D, DType S>
-struct Kept4 : Bf16Dot<Kept4<D, S>, D, S> {
-  static constexpr int kDots = 4;
+struct Kept4 : Bf16Dot<Kept4<D, S>, D, S>, E2m1Pairs {
+  static constexpr int kDots = kPairs;
   static constexpr bool kZeroPoints = false;
-
-  /// vpermw looks at the low 5 bits of a lane, the topmost of which belongs to the next weight.
-  template <int J>
-  static __m512i decode(__m512i raw) {
-    return _mm512_permutexvar_epi16(J ? _mm512_srli_epi16(raw, 4 * J) : raw, e2m1_bf16());
-  }
 };
 
 template <DType D>

@@ -18,11 +18,13 @@
 //               kParts             whether sums are exact, so that K may be cut into parts
 //               load, decode<j>, broadcast, dot, add, mul, set1, zero, bias_vec, store_y
 //               start, end         a group's accumulators before the dots, and into the totals after them
+//               kFoldDwords, fold  after so many dwords of a group, and at its end, fold sums up; 0: never
 //               prepare_row, Environment
 // Everything here has internal linkage, as all that it includes: code of one instruction set must never
 // be merged by the linker with that of another.
 #pragma once
 
+#include "channels.h"
 #include "gemm_isa.h"
 #include "interleave.h"
 #include "panel_kernel.h"
@@ -37,7 +39,9 @@ namespace {
 constexpr int64_t kPrefetchBytes = 8192;
 
 template <class I>
-struct Kernel {
+struct Kernel : Channels<I> {
+  using typename Channels<I>::Stream;
+  using Channels<I>::stream, Channels<I>::finish;
   using Vec = typename I::Vec;
   using Acc = typename I::Acc;
   using Raw = typename I::Raw;
@@ -45,45 +49,11 @@ struct Kernel {
   static constexpr int64_t kUnits = I::kDots * I::kPlanes;  // units of x per dword of weights
   static constexpr int64_t kPrefetch = kPrefetchBytes / 4;
 
-  /// One run of weights: where a group of tiles starts in each array, and the way to the next step.
-  struct Stream {
-    const uint32_t* weight;
-    const char* scale;
-    const uint32_t* zero;
-    int64_t weight_step, scale_step, zero_step;  // elements (scale: bytes) per dword, per group
-  };
-
-  static Stream stream(const Gemm& a, int64_t tile) {
-    const Layout& l = a.layout;
-    const int64_t tiles = l.block_tiles(tile), size = dtype_size(a.scale_dtype);
-    const int64_t group_lanes = l.lane_offset(tile, 0, l.groups);
-    const int64_t zero_dwords = I::zero_dwords(l);
-    return {a.weight + l.lane_offset(tile, 0, l.dwords()),
-            static_cast<const char*>(a.scale) + group_lanes * size,
-            a.zero ? a.zero + group_lanes / kTileN * zero_dwords : nullptr,
-            tiles * kTileN,
-            tiles * kTileN * size,
-            tiles * zero_dwords};
-  }
-
   static const Unit* row_units(const PreparedX& x, int64_t row) {
     return reinterpret_cast<const Unit*>(x.units + row * x.row_bytes);
   }
   static const Unit* gathered_units(const PreparedX& x, int64_t row) {
     return row_units(x, x.source_rows ? x.source_rows[row] : row);
-  }
-
-  static void finish(const Gemm& a, const PreparedX& x, int64_t row, int64_t channel, Vec total) {
-    const int64_t size = dtype_size(a.y_dtype);
-    const int64_t left = a.layout.n - channel;
-    if (left <= 0) return;
-    const int count = static_cast<int>(left < I::kLanes ? left : I::kLanes);
-    if (x.scales) total = I::mul(total, I::set1(x.scales[row]));
-    if (a.channel_scale) total = I::mul(total, I::load_floats(a.channel_scale + channel));
-    if (a.bias)
-      total = I::add(total, I::bias_vec(a.y_dtype, static_cast<const char*>(a.bias) + channel * size, count));
-    const int64_t at = (row - a.y_row) * a.y_stride + (channel - a.y_channel);
-    I::store_y(a.y_dtype, static_cast<char*>(a.y) + at * size, total, count);
   }
 
   /// Where a register tile finds its units of x; `next` moves on by one dword of weights. `kMany`: row tiles are many,
@@ -174,7 +144,9 @@ struct Kernel {
       Acc acc[V][R];
       I::start(acc, px, row * l.groups + g, l.groups, s.zero);
       for (int64_t i = 0, stop; i < steps; i = stop) {
-        stop = X<R>::kMany && steps - i > kAheadDwords ? i + kAheadDwords : steps;
+        constexpr int64_t kRun = X<R>::kMany ? kAheadDwords : I::kFoldDwords;
+        stop = kRun > 0 && steps - i > kRun ? i + kRun : steps;
+        [[maybe_unused]] const bool whole = stop - i == kRun;
         if constexpr (X<R>::kMany) ahead.template fetch<T>(s.weight_step);
         for (; i < stop; ++i, x.next(), s.weight += s.weight_step) {
           Raw raw[V];
@@ -186,6 +158,7 @@ struct Kernel {
           }
           dots<0>(acc, raw, x);
         }
+        if constexpr (I::kFoldDwords > 0) I::fold(acc, whole);
       }
       I::end(total, acc, px, row * l.groups + g, l.groups, s.zero, s.scale);
       s.scale += s.scale_step;
@@ -228,9 +201,16 @@ struct Kernel {
     I::prepare_row(a, static_cast<const char*>(a.x) + row * a.x_stride * dtype_size(a.dtype), out);
   }
 
+  static int64_t tile_units(const Layout& l) { return l.dwords() * kUnits; }
+  static void interleave_tile(const Gemm& a, const Unit* const* row_units, int64_t rows, int64_t, uint32_t* out) {
+    interleave(row_units, rows, tile_units(a.layout), out);
+  }
+
+  static int64_t workspace(const Gemm&, const PreparedX&, const Share&) { return 0; }
+
   static_assert(I::Many::kRows <= kInterleaveRows);
-  static constexpr GemmIsa kTable{kUnits,           I::Few::kRows, I::Many::kRows, I::kManyFrom,
-                                  I::kReadsInPlace, prepare,       interleave,     run};
+  static constexpr GemmIsa kTable{kUnits,           I::Few::kRows, I::Many::kRows, I::kManyFrom, false,
+                                  I::kReadsInPlace, prepare,       tile_units,     interleave_tile, workspace, run};
 };
 
 }  // namespace

@@ -17,6 +17,7 @@ struct KeptGroups : B {
   using Acc = Vec;
   static constexpr int64_t kManyFrom = 32;
   static constexpr bool kRounded = false, kZeroPoints = true, kPanels = false, kParts = false;
+  static constexpr int64_t kFoldDwords = 0;
   using Environment = AnyEnvironment;
   static int64_t zero_dwords(const Layout& l) { return l.zero_dwords(); }
 
@@ -71,6 +72,7 @@ struct IntegerGroups : B {
   using Acc = typename B::Raw;
   static constexpr int64_t kManyFrom = 8;  // x is converted anyway
   static constexpr bool kPanels = false, kParts = true;
+  static constexpr int64_t kFoldDwords = 0;
   using Environment = AnyEnvironment;
 
   template <int V, int R>

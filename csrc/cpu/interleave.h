@@ -9,7 +9,7 @@
 namespace turbo::cpu {
 namespace {
 
-inline constexpr int kInterleaveRows = kMostTileRows;
+inline constexpr int kInterleaveRows = 8;
 
 /// Transposes 8 x 8 units: row[r] + u becomes out[u * stride + r]. Writes 8 units per u.
 inline void interleave_8x8(const Unit* const (&row)[8], int64_t unit, int64_t stride, uint32_t* out) {

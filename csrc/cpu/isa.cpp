@@ -2,6 +2,8 @@
 // Processor detection: what each kernel family needs, asked once.
 #include "isa.h"
 
+#include "amx_permission.h"
+
 namespace turbo::cpu {
 namespace {
 
@@ -20,6 +22,13 @@ bool detect(Isa isa) {
     case Isa::avx512: return avx512;
     case Isa::avx512vnni: return vnni;
     case Isa::avx512bf16: return vnni && __builtin_cpu_supports("avx512bf16");
+#ifdef TM_AMX_SIMULATOR
+    case Isa::amx: return avx2;
+#else
+    case Isa::amx:
+      return vnni && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") && has_amx() &&
+             tiles_refused().empty();
+#endif
   }
   return false;
 }
@@ -31,7 +40,7 @@ struct Detected {
   }
 };
 
-constexpr const char* kNames[kIsas] = {"none", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16"};
+constexpr const char* kNames[kIsas] = {"none", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx"};
 
 }  // namespace
 
@@ -40,9 +49,16 @@ bool isa_supported(Isa isa) {
   return detected.supported[static_cast<int>(isa)];
 }
 
+const char* amx_problem() { return tiles_refused().c_str(); }
+
 bool has_vbmi() {
   static const bool vbmi = __builtin_cpu_supports("avx512vbmi");
   return vbmi;
+}
+
+Isa vector_isa(Isa isa) {
+  if (isa != Isa::amx) return isa;
+  return isa_supported(Isa::avx512) ? Isa::avx512 : Isa::avx2;
 }
 
 namespace {

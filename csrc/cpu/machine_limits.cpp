@@ -8,6 +8,9 @@
 
 #include <cstring>
 
+#include "amx.h"
+#include "isa.h"
+
 namespace turbo::cpu {
 namespace {
 
@@ -136,6 +139,49 @@ TM_DOT_LOOP(dot_fma32_avx512, "avx512f", __m512, kAccumulators, _mm512_setzero_p
 TM_DOT_LOOP(dot_fma32_avx2, "avx2,fma", __m256, kAccumulatorsAvx2, _mm256_setzero_ps(),
             _mm256_set1_ps(1.0F), _mm256_set1_ps(0x1p-20F), TM_FMA256, 8)
 
+/// 16 products a round, as many as a step of four C tiles has in a kernel.
+template <DotKind Kind>
+int64_t dot_tiles(int64_t iterations) {
+  constexpr bool kBf16 = Kind == DotKind::amx_bf16;
+  // bf16 1 and 2^-20, or 3 and -2: see above.
+  alignas(64) char left[kTileBytes], right[kTileBytes];
+  for (int64_t i = 0; i < kTileBytes; ++i) {
+    left[i] = kBf16 ? (i % 2 ? 0x3F : static_cast<char>(0x80)) : 3;
+    right[i] = kBf16 ? (i % 2 ? 0x35 : static_cast<char>(0x80)) : -2;
+  }
+  TileConfig config;
+  for (int t = 0; t < 8; ++t) {
+    config.row_bytes[t] = kTileRowBytes;
+    config.rows[t] = kTileRows;
+  }
+  tile_configure(config);
+  tile_zero<0>();
+  tile_zero<1>();
+  tile_zero<2>();
+  tile_zero<3>();
+  tile_load<4>(left, kTileRowBytes);
+  tile_load<5>(left, kTileRowBytes);
+  tile_load<6>(right, kTileRowBytes);
+  tile_load<7>(right, kTileRowBytes);
+  for (int64_t i = 0; i < iterations; ++i) {
+    for (int step = 0; step < 4; ++step) {
+      if constexpr (kBf16) {
+        tile_dot_bf16<0, 4, 6>();
+        tile_dot_bf16<1, 4, 7>();
+        tile_dot_bf16<2, 5, 6>();
+        tile_dot_bf16<3, 5, 7>();
+      } else {
+        tile_dot_s8s8<0, 4, 6>();
+        tile_dot_s8s8<1, 4, 7>();
+        tile_dot_s8s8<2, 5, 6>();
+        tile_dot_s8s8<3, 5, 7>();
+      }
+    }
+  }
+  tile_release();
+  return iterations * 16 * kTileRows * 16 * (kBf16 ? 32 : 64);
+}
+
 }  // namespace
 
 uint64_t read_lines(const void* p, size_t bytes) {
@@ -152,10 +198,13 @@ int64_t dot_loop(DotKind kind, int64_t iterations) {
     case DotKind::int8:
       if (__builtin_cpu_supports("avx512vnni")) return dot_int8_avx512(iterations);
       return has_avx_vnni() ? dot_int8_avx2(iterations) : 0;
-    case DotKind::fma32:
+    case DotKind::fma32: {
       if (__builtin_cpu_supports("avx512f")) return dot_fma32_avx512(iterations);
       const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
       return fma ? dot_fma32_avx2(iterations) : 0;
+    }
+    case DotKind::amx_bf16: return isa_supported(Isa::amx) ? dot_tiles<DotKind::amx_bf16>(iterations) : 0;
+    case DotKind::amx_int8: return isa_supported(Isa::amx) ? dot_tiles<DotKind::amx_int8>(iterations) : 0;
   }
   return 0;
 }

@@ -13,6 +13,8 @@ enum class DotKind : int {
   bf16,   ///< vdpbf16ps: two bf16 products added to each fp32 lane (AVX-512 BF16)
   int8,   ///< vpdpbusd: four u8*s8 products added to each int32 lane (AVX-512 VNNI, else AVX-VNNI)
   fma32,  ///< vfmadd: one fp32 product added to each lane (AVX-512, else AVX2+FMA)
+  amx_bf16,  ///< tdpbf16ps: 32 bf16 products added to each of 16 x 16 fp32
+  amx_int8,  ///< tdpbssd: 64 s8*s8 products added to each of 16 x 16 int32
 };
 
 /// Reads `bytes` bytes from `p` (any alignment) once, front to back.
@@ -20,7 +22,7 @@ enum class DotKind : int {
 /// padded: the same whatever the instruction set, and additive over cuts at multiples of 8 bytes.
 uint64_t read_lines(const void* p, size_t bytes);
 
-/// Runs `iterations` rounds of independent multiply-adds on registers; touches no memory.
+/// Runs `iterations` rounds of independent multiply-adds on registers or tiles; touches no memory.
 /// Returns the scalar multiply-adds done, 0 when this processor lacks the instruction.
 int64_t dot_loop(DotKind kind, int64_t iterations);
 

@@ -31,7 +31,7 @@ constexpr int64_t kItemsPerThread = 8;
 constexpr int64_t kReadRows = 4;
 
 const MoeIsa& block_isa(Isa isa) {
-  return isa == Isa::avx2 || isa == Isa::avxvnni ? moe_avx2() : moe_avx512();
+  return vector_isa(isa) < Isa::avx512 ? moe_avx2() : moe_avx512();
 }
 
 /// One of the two products: what all experts share.
@@ -73,6 +73,7 @@ struct Routing {
   float* weight;    // [pairs]
   int64_t* first;   // [experts + 1]: where an expert's pairs begin
   int32_t* active;  // experts that have pairs, ascending
+  int32_t* order;   // [experts]: an expert's place among these
   int64_t active_count, pairs;
 
   Routing(const Moe& a, int64_t begin, int64_t end) {
@@ -83,6 +84,7 @@ struct Routing {
       weight = pieces.take<float>(true, slots);
       first = pieces.take<int64_t>(true, a.experts + 1);
       active = pieces.take<int32_t>(true, a.experts);
+      order = pieces.take<int32_t>(true, a.experts);
       if (pass == 0) pieces.begin();
     }
     sort(a.topk_ids + begin * a.top_k, a.topk_weights + begin * a.top_k, slots, a.top_k, a.experts);
@@ -100,6 +102,7 @@ struct Routing {
     // first[e + 1] becomes where expert e begins, and, as its pairs are put there, where it ends.
     for (int64_t e = 0; e < experts; ++e) {
       const int64_t count = first[e + 1];
+      order[e] = static_cast<int32_t>(active_count);
       if (count) active[active_count++] = static_cast<int32_t>(e);
       first[e + 1] = pairs;
       pairs += count;
@@ -126,7 +129,8 @@ class ExpertRows {
     rows_.take(pieces, rows);
     beside_ = rows_.beside;
     if (gathered_) beside_.take(pieces, rows_.args, routing_.pairs);
-    tiles_ = pieces.take<uint32_t>(tiles_count_ > 0, routing_.pairs * rows_.row_units);
+    const int64_t spare = rows_.isa.full_tiles ? routing_.active_count * kMostTileRows : 0;
+    tiles_ = pieces.take<uint32_t>(tiles_count_ > 0, (routing_.pairs + spare) * rows_.tile_units);
   }
 
   void prepare(int64_t rows, const Parallel& parallel) const {
@@ -143,13 +147,14 @@ class ExpertRows {
     const int64_t first = routing_.first[expert], count = routing_.count(expert);
     const bool tiled = is_tiled(count);
     const BesideRows beside = beside_.from(first, rows_.args.layout.groups);
-    const void* units = tiled ? static_cast<const void*>(tiles_ + first * rows_.row_units)
+    const void* units = tiled ? static_cast<const void*>(tiles_of(expert))
                               : rows_.units_of(gathered_ ? 0 : first);
     return {static_cast<const char*>(units),
-            tiled ? rows_.row_units * 4 : rows_.row_bytes(),
+            tiled ? rows_.tile_units * 4 : rows_.row_bytes(),
             tiled,
             count,
             row_tiles(count),
+            tiled && rows_.isa.full_tiles,
             gathered_ && !tiled ? routing_.token + first : nullptr,
             beside.sums,
             beside.offsets,
@@ -166,6 +171,12 @@ class ExpertRows {
   int64_t tiled_row_tiles(int32_t expert) const {
     const int64_t count = routing_.count(expert);
     return is_tiled(count) ? row_tiles(count) : 0;
+  }
+
+  /// An expert's tiles come after those of the ones before it, each of which may have room for a tile more than it has.
+  uint32_t* tiles_of(int32_t expert) const {
+    const int64_t spare = rows_.isa.full_tiles ? routing_.order[expert] * kMostTileRows : 0;
+    return tiles_ + (routing_.first[expert] + spare) * rows_.tile_units;
   }
 
   template <class Body>
@@ -197,12 +208,12 @@ class ExpertRows {
       const int32_t expert = routing_.active[i];
       const int64_t tiles = tiled_row_tiles(expert), first = routing_.first[expert], count = routing_.count(expert);
       for (int64_t t = std::max<int64_t>(0, mine.begin - before); t < std::min(tiles, mine.end - before); ++t) {
-        const Range rows = part(count, tiles, t);
+        const Range rows = row_tile(count, tiles, rows_.isa.full_tiles, t);
         const Unit* units[kMostTileRows];
         for (int64_t row = rows.begin; row < rows.end; ++row)
           units[row - rows.begin] = rows_.units_of(gathered_ ? routing_.token[first + row] : first + row);
-        rows_.isa.interleave(units, rows.end - rows.begin, rows_.row_units,
-                             tiles_ + (first + rows.begin) * rows_.row_units);
+        rows_.isa.interleave(rows_.args, units, rows.end - rows.begin, rows_.room(tiles, rows.end - rows.begin),
+                             tiles_of(expert) + rows.begin * rows_.tile_units);
       }
       before += tiles;
     }
@@ -225,9 +236,9 @@ void block_results(Gemm g, const GemmIsa& isa, const PreparedX& x, Range tiles, 
   g.y_channel = tiles.begin * kTileN;
   for (int64_t t = row_tiles.begin; t < row_tiles.end; t += kBlockRowTiles) {
     const int64_t end = std::min(t + kBlockRowTiles, row_tiles.end);
-    g.y_row = part(x.rows, x.row_tiles, t).begin;
-    isa.run(g, x, {tiles, {t, end}});
-    use(block, g.y_row, part(x.rows, x.row_tiles, end - 1).end - g.y_row);
+    g.y_row = row_tile(x.rows, x.row_tiles, x.full_tiles, t).begin;
+    run_share(isa, g, x, {tiles, {t, end}});
+    use(block, g.y_row, row_tile(x.rows, x.row_tiles, x.full_tiles, end - 1).end - g.y_row);
   }
 }
 
@@ -348,7 +359,7 @@ int64_t token_bytes(const Moe& a, Isa isa) {
   const PreparedRows x(gate_up, kernels(gate_up, isa)), h(down, kernels(down, isa));
   const auto rows = [](const PreparedRows& p) { return p.convert ? p.row_units * 4 : 0; };
   const auto beside = [](const Layout& l) { return 12 * l.groups + 4; };
-  const int64_t pair = x.row_units * 4 + beside(a.w13.layout) + rows(h) + h.row_units * 4 + beside(a.w2.layout) +
+  const int64_t pair = x.tile_units * 4 + beside(a.w13.layout) + rows(h) + h.tile_units * 4 + beside(a.w2.layout) +
                        a.intermediate * dtype_size(h_dtype) + 8;
   return rows(x) + beside(a.w13.layout) + a.top_k * pair + a.w2.layout.padded_n() * 4;
 }

@@ -85,7 +85,7 @@ struct PreparedRows {
   const Gemm args;
   const GemmIsa& isa;
   const bool convert;  // else the units are x itself
-  const int64_t row_units;
+  const int64_t row_units, tile_units;
   uint32_t* units = nullptr;
   BesideRows beside;
 
@@ -93,11 +93,17 @@ struct PreparedRows {
       : args(a),
         isa(i),
         convert(!i.reads_in_place || a.layout.k % a.layout.dword_k() != 0),
-        row_units(a.layout.dwords() * i.units_per_dword) {}
+        row_units(a.layout.dwords() * i.units_per_dword),
+        tile_units(i.tile_units(a.layout)) {}
 
   void take(Pieces& pieces, int64_t rows) {
     units = pieces.take<uint32_t>(convert, rows * row_units);
     beside.take(pieces, args, rows);
+  }
+
+  /// Rows that one of `row_tiles` tiles of `rows` rows has memory for.
+  int64_t room(int64_t row_tiles, int64_t rows) const {
+    return isa.full_tiles && row_tiles > 1 ? kMostTileRows : rows;
   }
 
   /// Whether rows need any preparation at all.
@@ -119,6 +125,9 @@ struct PreparedRows {
     return reinterpret_cast<const Unit*>(x + row * args.x_stride * dtype_size(args.dtype));
   }
 };
+
+/// Runs one share of a product on this thread, which keeps the workspace for its next one.
+void run_share(const GemmIsa& isa, const Gemm& args, const PreparedX& x, Share share);
 
 /// Below this many units the preparation of rows costs less than waking the other threads.
 inline constexpr int64_t kParallelUnits = 1 << 15;

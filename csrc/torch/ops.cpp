@@ -20,6 +20,8 @@ std::string cpu_isas() {
   return out;
 }
 
+std::string amx_problem_text() { return amx_problem(); }
+
 std::string get_isa() { return isa_name(chosen_isa().load()); }
 
 void set_isa(std::string name) {
@@ -47,14 +49,15 @@ int64_t limit_read(Tensor buffer) {
 }
 
 int64_t limit_dot(std::string kind, int64_t iterations) {
-  DotKind dot = DotKind::bf16;
-  if (kind == "int8")
-    dot = DotKind::int8;
-  else if (kind == "fma32")
-    dot = DotKind::fma32;
-  else
-    STD_TORCH_CHECK(kind == "bf16", "limit_dot: argument 'kind': expected bf16, int8 or fma32, given '",
-                    kind, "'");
+  constexpr std::pair<const char*, DotKind> kKinds[] = {{"bf16", DotKind::bf16},
+                                                        {"int8", DotKind::int8},
+                                                        {"fma32", DotKind::fma32},
+                                                        {"amx_bf16", DotKind::amx_bf16},
+                                                        {"amx_int8", DotKind::amx_int8}};
+  const auto* found = std::find_if(std::begin(kKinds), std::end(kKinds), [&](const auto& one) { return kind == one.first; });
+  STD_TORCH_CHECK(found != std::end(kKinds),
+                  "limit_dot: argument 'kind': expected bf16, int8, fma32, amx_bf16 or amx_int8, given '", kind, "'");
+  const DotKind dot = found->second;
   STD_TORCH_CHECK(iterations >= 0, "limit_dot: argument 'iterations': expected 0 or more, given ",
                   iterations);
   const Parallel pool = torch_pool();
@@ -69,6 +72,7 @@ STABLE_TORCH_LIBRARY(vllm_plugin_tm, m) {
   m.def("cpu_isas() -> str");
   m.def("get_isa() -> str");
   m.def("set_isa(str isa) -> ()");
+  m.def("amx_problem() -> str");
   m.def("limit_read(Tensor buffer) -> int");
   m.def("limit_dot(str kind, int iterations) -> int");
 }
@@ -77,6 +81,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_plugin_tm, CompositeExplicitAutograd, m) {
   m.impl("cpu_isas", TORCH_BOX(&cpu_isas));
   m.impl("get_isa", TORCH_BOX(&get_isa));
   m.impl("set_isa", TORCH_BOX(&set_isa));
+  m.impl("amx_problem", TORCH_BOX(&amx_problem_text));
   m.impl("limit_dot", TORCH_BOX(&limit_dot));
   // For every device, so that a tensor on a wrong one is named by our own check.
   m.impl("limit_read", TORCH_BOX(&limit_read));

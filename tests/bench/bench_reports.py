@@ -33,38 +33,49 @@ def samples(ms: float) -> Samples:
     return Samples((ms * 0.9e-3, ms * 1e-3, ms * 1.1e-3))
 
 
-def rows(m: int = 1, asymmetric: bool = False, upstream_ms: float = 1.6):
+def rows(m: int = 1, asymmetric: bool = False, upstream_ms: float = 1.6, isa: str = "avx512bf16"):
     """Rows of a 4096 x 4096 case in which ours takes 0.25 ms and moves 8 MB of weights."""
-    case = Case(4096, 4096, m, Format(symmetric=not asymmetric))
-    measured = [Measured("tm", "avx512bf16", not asymmetric, 8_000_000, samples(0.25))]
+    case, even = Case(4096, 4096, m, Format(symmetric=not asymmetric)), not asymmetric
+    limits = RowLimits(40.0, 400.0, "bf16")
+    measured = [Measured("tm", isa, even, 8_000_000, samples(0.25), limits)]
     if asymmetric:
-        twin = Measured("tm-symmetric", "avx512bf16", True, 7_900_000, samples(0.24))
+        twin = Measured("tm-symmetric", isa, True, 7_900_000, samples(0.24), limits)
         measured.append(twin)
-    measured.append(Measured("upstream", "", not asymmetric, 8_000_000, samples(upstream_ms)))
-    measured.append(Measured("torch", "", not asymmetric, 33_554_432, samples(1.0)))
-    return rows_of(case, measured, RowLimits(40.0, 400.0, "bf16"))
+    measured.append(Measured("upstream", "", even, 8_000_000, samples(upstream_ms), limits))
+    measured.append(Measured("torch", "", even, 33_554_432, samples(1.0), limits))
+    return rows_of(case, measured)
 
 
-def integer_rows(form: Format, m: int = 1, n: int = 4096, **peer_ms: float):
+def integer_rows(
+    form: Format, m: int = 1, n: int = 4096, isa: str = "avx512bf16", **peer_ms: float
+):
     """Rows of an n x 4096 case with 8-bit activations in which ours takes 0.5 ms and moves 16 MB of
     weights, against an integer dot of 800 GOP/s; `peer_ms` has "_" for "-"."""
     case = Case(n, 4096, m, form)
-    measured = [Measured("tm", "avx512bf16", form.symmetric, 16_000_000, samples(0.5))]
+    rest = (form.symmetric, 16_000_000)
+    limits = RowLimits(40.0, 800.0, "int8")
+    measured = [Measured("tm", isa, *rest, samples(0.5), limits)]
     for name, ms in peer_ms.items():
-        peer = Measured(name.replace("_", "-"), "", form.symmetric, 16_000_000, samples(ms))
-        measured.append(peer)
-    return rows_of(case, measured, RowLimits(40.0, 800.0, "int8"))
+        measured.append(Measured(name.replace("_", "-"), "", *rest, samples(ms), limits))
+    return rows_of(case, measured)
 
 
-def moe_rows(m: int = 1, scheme: str = "w4a16", ms: float = 0.5, layer: str = "mixtral"):
+def moe_rows(
+    m: int = 1,
+    scheme: str = "w4a16",
+    ms: float = 0.5,
+    layer: str = "mixtral",
+    isa: str = "avx512bf16",
+):
     """Rows of a layer of experts that moves 16 MB of the weights of 2.5 of them, with upstream in
     bf16 at 2 ms."""
     case = MoeCase(LAYERS[layer], m, Format(scheme=scheme))
+    limits = RowLimits(40.0, 400.0, "bf16")
     measured = [
-        Measured("tm", "avx512bf16", True, 16_000_000, samples(ms)),
-        Measured("upstream-bf16", "", True, 64_000_000, samples(2.0)),
+        Measured("tm", isa, True, 16_000_000, samples(ms), limits),
+        Measured("upstream-bf16", "", True, 64_000_000, samples(2.0), limits),
     ]
-    return moe_rows_of(case, measured, RowLimits(40.0, 400.0, "bf16"), touched=2.5)
+    return moe_rows_of(case, measured, touched=2.5)
 
 
 def moe_report() -> Report:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from bench_formats import needs_extension, small_group, symmetries
 
-from vllm_plugin_tm.bench import guard, limits, peers, runner, timing, upstream
+from vllm_plugin_tm.bench import amx, guard, limits, peers, rounds, runner, timing, upstream
 from vllm_plugin_tm.bench.cases import Case, Format
 from vllm_plugin_tm.bench.schemes import SCHEMES
 from vllm_plugin_tm.cli import bench, main
@@ -23,6 +23,31 @@ def test_limit_loops_measure_something():
     assert found.read_gbps > 0
     assert found.dot_gflops["fma32"] > 0
     assert loops.dot_flops("fma32") > 0
+
+
+def test_a_kind_of_two_tile_products_has_half_the_rate(monkeypatch):
+    monkeypatch.setattr(limits, "_ops", lambda: argparse.Namespace(limit_dot=lambda kind, n: 3 * n))
+    loops = limits.LimitLoops(llc_bytes=2**18)
+    assert loops.dot("amx_f16")() == loops.dot("amx_bf16")()
+    assert loops.dot_flops("amx_bf16") == 2 * loops.dot_flops("amx_f16") > 0
+
+
+@pytest.mark.parametrize(("hidden", "peers_kind"), [(False, "amx_bf16"), (True, "fma32")])
+def test_each_kernel_has_the_limit_of_what_it_may_use(monkeypatch, hidden, peers_kind):
+    monkeypatch.setattr(amx, "is_hidden", lambda: hidden)
+    monkeypatch.setattr(ops, "set_isa", lambda name: None)
+    loops = argparse.Namespace(
+        read=lambda: None,
+        read_bytes=1,
+        dot=lambda kind: lambda: None,
+        dot_flops={"amx_bf16": 8, "fma32": 1}.get,
+    )
+    rates = {"amx_bf16": 8.0, "bf16": 0.0, "fma32": 1.0}
+    run = rounds.Run(_plan(), 2**16, loops, rates)
+    kernels = [peers.Kernel("tm", "amx"), peers.Kernel("tm", "avx2"), peers.Kernel("torch", "")]
+    timed = run.time(Format(), kernels, [lambda: None] * 3)
+    assert [found.dot_kind for _, found in timed] == ["amx_bf16", "fma32", peers_kind]
+    assert len({found.read_gbps for _, found in timed}) == 1
 
 
 def _plan(**changes):
@@ -180,6 +205,36 @@ def test_the_command_refuses_bad_options(options, message, capsys):
 def test_the_command_refuses_what_cannot_run_here(options, message, capsys):
     assert main(["bench", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "isas"),
+    [
+        ([], ("amx",)),
+        (["--isa", "all"], ("amx", "avx512bf16", "avx512vnni", "avx2")),
+        (["--no-amx"], ("avx512vnni",)),
+        (["--no-amx", "--isa", "all"], ("avx512bf16", "avx512vnni", "avx2")),
+        (["--no-amx", "--isa", "amx"], "'amx' is not one of avx512bf16, avx512vnni, avx2"),
+    ],
+)
+def test_no_amx_leaves_it_out_of_our_instruction_sets(monkeypatch, options, isas):
+    monkeypatch.setattr(ops, "cpu_isas", lambda: ("amx", "avx512bf16", "avx512vnni", "avx2"))
+    monkeypatch.setattr(ops, "get_isa", lambda: "amx")
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    args = parser.parse_args(options)
+    if isinstance(isas, tuple):
+        assert bench._isas(args.isa, args.no_amx) == isas
+        return
+    with pytest.raises(ValueError, match=isas):
+        bench._isas(args.isa, args.no_amx)
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512bf16"])
+def test_no_amx_changes_nothing_where_there_is_none(monkeypatch, isa):
+    monkeypatch.setattr(ops, "cpu_isas", lambda: ("avx512bf16", "avx2"))
+    monkeypatch.setattr(ops, "get_isa", lambda: isa)
+    assert bench._isas(None, True) == (isa,)
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,28 @@ def test_dot_kind_falls_back(form, rates, kind):
     assert dot_kind(form, rates) == kind
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scheme", "kind", "without"),
+    [
+        ("bf16", "w4a16", "amx_bf16", "fma32"),
+        ("f16", "w4a16", "amx_f16", "fma32"),
+        ("f32", "w4a16", "fma32", "fma32"),
+        ("f32", "w4a8", "amx_int8", "int8"),
+        ("bf16", "w8a8", "amx_int8", "int8"),
+        ("f16", "fp8-w8a8", "amx_bf16", "fma32"),
+        ("f16", "fp8-w8a16", "amx_f16", "fma32"),
+        ("bf16", "nvfp4", "amx_bf16", "fma32"),
+    ],
+)
+def test_tiles_bound_what_may_use_them(dtype, scheme, kind, without):
+    form = Format(dtype=dtype, scheme=scheme)
+    vectors = {"bf16": 1.0, "int8": 4.0, "fma32": 2.0}
+    tiles = {"amx_bf16": 16.0, "amx_f16": 8.0, "amx_int8": 32.0}
+    assert dot_kind(form, vectors | tiles, tiles=True) == kind
+    assert dot_kind(form, vectors | tiles) == without
+    assert dot_kind(form, vectors | dict.fromkeys(tiles, 0.0), tiles=True) == without
+
+
 @pytest.mark.parametrize(("scheme", "operands"), [("w4a16", "f32"), ("w4a8", "int8")])
 def test_dot_kind_refuses_a_processor_without_any(scheme, operands):
     with pytest.raises(ValueError, match=f"none of the instructions .* for {operands}"):
@@ -231,6 +253,33 @@ def test_goals_by_group_size_see_that_group_only():
     fine = integer_rows(Format(32, scheme="w4a8"), m=256)
     outcomes = _outcomes(dataclasses.replace(report(), rows=tuple(fine), packing=()))
     assert list(outcomes) == [("w4a8", "M>=256, group 32: of the dot peak")]
+
+
+def test_goals_on_amx_are_its_own_but_for_those_of_memory():
+    four, eight = Format(scheme="w4a8"), Format(CHANNEL, scheme="w8a8")
+    own = (
+        *rows(isa="amx"),
+        *rows(m=256, isa="amx"),
+        *integer_rows(eight, m=16, isa="amx", upstream=0.6),
+        *integer_rows(four, m=256, isa="amx", upstream_w8a8=0.6),
+    )
+    routed = (*moe_rows(isa="amx"), *moe_rows(m=1024, ms=9000.0, isa="amx"))
+    outcomes = _outcomes(dataclasses.replace(report(), rows=own, packing=()))
+    assert {key: (o.goal.must, o.goal.aim) for key, o in outcomes.items()} == {
+        ("w4a16", "M=1: of read bandwidth"): (0.80, 0.92),
+        ("w4a16", "AMX, M=1: times upstream"): (1.0, None),
+        ("w4a16", "AMX, M>=256: of the tile peak"): (0.60, 0.80),
+        ("w4a16", "AMX, M>=256: times upstream"): (1.0, None),
+        ("w4a16", "AMX, M>=256: times torch bf16"): (1.5, None),
+        ("w8a8", "AMX, M=16 to 64: times upstream"): (1.0, 1.3),
+        ("w4a8", "AMX, M>=256: of the tile peak"): (0.60, 0.80),
+        ("w4a8", "AMX, M>=256: times upstream-w8a8"): (1.0, 1.2),
+    }
+    found = goals.of_experts(dataclasses.replace(report(), moe=routed))
+    assert [(o.goal.name, o.goal.must) for o in found] == [
+        ("experts, T=1: of read bandwidth", 0.75),
+        ("AMX, experts, T=1024: of the tile peak", 0.50),
+    ]
 
 
 def test_goals_of_engines_pair_the_plugin_with_its_rival():

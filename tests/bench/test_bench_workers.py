@@ -191,6 +191,23 @@ def test_every_engine_is_started_as_what_it_is_called(tmp_path, monkeypatch, nam
     assert set(engine.log_lacks) == others
 
 
+@pytest.mark.parametrize(
+    ("name", "hidden", "isa"),
+    [
+        ("plugin-w4a16", True, "avx512vnni"),
+        ("plugin-w4a16", False, None),
+        ("upstream-w4a16", True, None),
+    ],
+)
+def test_no_amx_is_for_our_kernels_too(tmp_path, monkeypatch, name, hidden, isa):
+    started = []
+    monkeypatch.setattr(end_to_end, "Worker", lambda engine, log: started.append(engine))
+    monkeypatch.setattr(end_to_end.amx, "is_hidden", lambda: hidden)
+    monkeypatch.setattr(end_to_end.amx, "isa", lambda: "avx512vnni")
+    end_to_end._start(name, argparse.Namespace(threads=1, model="llama-1b"), tmp_path)
+    assert started[0].environment.get("VLLM_PLUGIN_TM_ISA") == isa
+
+
 def test_engines_that_quantize_while_loading_differ_in_the_head_alone(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(end_to_end, "Worker", lambda engine, log: started.append(engine))

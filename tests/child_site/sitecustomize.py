@@ -2,8 +2,9 @@
 """What the tests' children see differently, in every process that has this folder on PYTHONPATH;
 nothing is changed on disk.
 
-AMX is hidden from torch, and so from upstream's and our choice of kernels: on a processor that has
-it the tests would see other kernels than on the processors that ours are for.
+AMX is hidden from torch, and so from upstream's choice of kernels: what upstream runs and refuses
+without us is then the same on every machine. Our kernels ask the processor, and are tested on its
+AMX.
 
 A torchvision that was built for another torch can be imported. Such a build cannot load its library
 of operators, and then dies describing operators that nobody declared. They are declared here,

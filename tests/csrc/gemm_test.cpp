@@ -3,6 +3,10 @@
 // every instruction set that this processor has. Built with sanitizers by test_csrc.py.
 //
 // Usage: gemm_test [threads]   "threads" runs only what concerns several threads.
+#include <cerrno>
+
+#include "amx_permission.h"
+#include "amx_simulator_test.h"
 #include "checks.h"
 #include "gemm_problem.h"
 #include "machine_limits.h"
@@ -137,10 +141,21 @@ void test_machine_limits() {
         fail("read_lines of " + std::to_string(bytes) + " bytes");
     }
   }
-  for (const DotKind kind : {DotKind::bf16, DotKind::int8, DotKind::fma32}) {
+  for (const DotKind kind : {DotKind::bf16, DotKind::int8, DotKind::fma32, DotKind::amx_bf16, DotKind::amx_int8}) {
     ++checks;
-    if (dot_loop(kind, 200) != 2 * dot_loop(kind, 100)) fail("dot_loop does not scale");
+    if (dot_loop(kind, 20) != 2 * dot_loop(kind, 10)) fail("dot_loop does not scale");
   }
+}
+
+/// A system that forbids tiles, as a container may: the reason is told.
+void test_amx_permission() {
+  checks += 2;
+  if (!ask_for_tiles([](long, long) -> long { return 0; }).empty()) fail("tiles that were granted count as refused");
+  const std::string refused = ask_for_tiles([](long code, long feature) -> long {
+    errno = code == 0x1023 && feature == 18 ? EPERM : EINVAL;
+    return -1;
+  });
+  if (refused.find("arch_prctl: Operation not permitted") == std::string::npos) fail("no reason for refused tiles: " + refused);
 }
 
 }  // namespace
@@ -154,10 +169,13 @@ int main(int argc, char** argv) {
   test_threads();
   test_moe_threads();
   if (!threads_only) {
+    test_amx_simulator();
+    test_amx_simulator_against_processor();
     test_shapes();
     test_long_rows();
     test_moe_shapes();
     test_machine_limits();
+    test_amx_permission();
     test_quantize_weights();
   }
   std::printf("%" PRId64 " checks, %d failures, up to %s\n", checks, failures,

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the C++ tests with the sanitizers, from the flags in CMakeLists.txt, and runs them."""
+"""Builds the C++ tests with the sanitizers, from the flags in CMakeLists.txt, and runs them.
+
+The kernels for AMX run on the simulator, on every processor; beside the tiles they have AVX-512 where
+the processor has it, else AVX2.
+"""
 
 import concurrent.futures
 import hashlib
@@ -11,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-# Endings of translation units; the last is not one that a user can choose, see csrc/cpu/isa.h.
-ISAS = ("avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "avx512vbmi")
+# Endings of translation units; avx512vbmi is not one that a user can choose, see csrc/cpu/isa.h.
+ISAS = ("avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "avx512vbmi", "amx")
 SANITIZERS = {"memory": "address,undefined", "threads": "thread"}
 
 
@@ -36,6 +40,11 @@ def _processor_flags() -> set[str]:
     return set(line.replace("_", "").split())
 
 
+def _can_run(flags: list[str], has: set[str]) -> bool:
+    """Whether a processor that has `has` runs what is compiled with these flags."""
+    return all(flag[2:] in has for flag in flags if flag.startswith("-m"))
+
+
 def _build(repository: Path, kind: str) -> Path:
     """The test program with one kind of sanitizer. Objects are kept under build/ by the hash of
     everything that goes into them."""
@@ -47,8 +56,11 @@ def _build(repository: Path, kind: str) -> Path:
     # -O0: with -O1 one file of kernels takes 4 minutes. -g1 has the lines that a report names.
     # GCC's AVX-512 headers trip -Wuninitialized wherever they are inlined by a sanitizer.
     common = ["-std=c++20", "-O0", "-g1", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    common.append("-DTM_AMX_SIMULATOR")
     flags = _cmake_flags(repository)
     has = _processor_flags()
+    if not _can_run(flags["amx"], has):
+        flags["amx"] = flags["avx2"]
     headers = b"".join(
         path.read_bytes() for folder in (cpu, tests) for path in sorted(folder.glob("*.h"))
     )
@@ -57,7 +69,7 @@ def _build(repository: Path, kind: str) -> Path:
         isa = next((name for name in ISAS if source.stem.endswith(f"_{name}")), "")
         command = [compiler, *flags[isa], *common, f"-I{cpu}", "-c", str(source)]
         # What this processor cannot run is needed to link, and never called.
-        if all(flag[2:] in has for flag in flags[isa] if flag.startswith("-m")):
+        if _can_run(flags[isa], has):
             command += sanitize
         mark = hashlib.sha256(repr(command).encode() + source.read_bytes() + headers).hexdigest()
         out = repository / "build" / "csrc_tests" / kind / f"{source.stem}-{mark[:16]}.o"

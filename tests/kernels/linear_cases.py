@@ -31,9 +31,9 @@ INTEGER = W4A8 + W8A8
 # Instruction sets that differ for activations that are kept, and for integers; the others share
 # their kernels, which test_row_invariance.py asserts.
 OWN_KERNELS = {
-    **dict.fromkeys(KEPT, ("avx512bf16", "avx512", "avx2")),
-    **dict.fromkeys(INTEGER, ("avx512vnni", "avx512", "avxvnni", "avx2")),
-    **dict.fromkeys(FLOATS, ("avx512bf16", "avx512", "avx2")),
+    **dict.fromkeys(KEPT, ("amx", "avx512bf16", "avx512", "avx2")),
+    **dict.fromkeys(INTEGER, ("amx", "avx512vnni", "avx512", "avxvnni", "avx2")),
+    **dict.fromkeys(FLOATS, ("amx", "avx512bf16", "avx512", "avx2")),
 }
 ON_OWN_KERNELS = [(mode, isa) for mode in MODES for isa in envs.ISAS if isa in OWN_KERNELS[mode]]
 

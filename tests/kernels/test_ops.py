@@ -116,11 +116,26 @@ def test_set_isa_refuses() -> None:
     """An unknown instruction set, and those this processor lacks, leave the choice as it was."""
     before = ops.get_isa()
     lacking = set(envs.ISAS) - set(ops.cpu_isas())
-    for name in ("", "none", "AVX2", "amx", "avx512_vnni", *sorted(lacking)):
+    for name in ("", "none", "AVX2", "AMX", "avx512_vnni", *sorted(lacking)):
         with pytest.raises(ValueError, match=r"is not one of"):
             ops.set_isa(name)
     assert ops.get_isa() == before
     assert before in ops.cpu_isas()
+
+
+def test_a_refused_amx_is_refused_with_the_systems_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "cpu_isas", lambda: ("avx512", "avx2"))
+    monkeypatch.setattr(ops, "amx_problem", lambda: "made-up reason")
+    with pytest.raises(ValueError, match=r"'amx' is not one of .* processor: made-up reason$"):
+        ops.set_isa("amx")
+    with pytest.raises(ValueError, match=r"'avx512bf16' is not one of .* processor$"):
+        ops.set_isa("avx512bf16")
+
+
+def test_amx_is_used_or_there_is_a_reason() -> None:
+    flags = machine.cpuinfo(Path("/proc/cpuinfo").read_text())["flags"].split()
+    able = {"amx_tile", "amx_int8", "amx_bf16"} <= set(flags)
+    assert able == ("amx" in ops.cpu_isas() or bool(ops.amx_problem()))
 
 
 def test_the_names_of_instruction_sets_are_the_documented_ones() -> None:

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from vllm_plugin_tm import envs, machine
+from vllm_plugin_tm import envs
 from vllm_plugin_tm.kernels import ops
 
 pytest.importorskip("vllm")
@@ -27,12 +27,18 @@ from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_w
 from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_fp8 import (
     TMFp8LinearKernel,
 )
-from vllm_plugin_tm.quantization.support_matrix import CHANNEL, MATRIX, WEIGHT_TYPES, Machine
+from vllm_plugin_tm.quantization.support_matrix import CHANNEL, MATRIX, WEIGHT_TYPES
 
 TYPES = {str(value): value for value in vars(scalar_types).values() if not callable(value)}
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # What mixed-precision kernels are asked for; int8 and floats have lists of their own.
 MIXED = sorted(name for name, kind in WEIGHT_TYPES.items() if name != "int8" and not kind.floats)
+FP8_KINDS = {
+    # Weights and activations that share a scale.
+    "whole": (quant_utils.kFp8StaticTensorSym, quant_utils.kFp8StaticTensorSym),
+    "channel": (quant_utils.kFp8StaticChannelSym, quant_utils.kFp8DynamicTokenSym),
+    "block": (quant_utils.kFp8Static128BlockSym, quant_utils.kFp8Dynamic128Sym),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -125,40 +131,20 @@ def test_a_scheme_left_out_leaves_its_layers_to_upstream(monkeypatch, scheme):
     assert TMMxFp4LinearKernel.is_supported()[0] == (scheme != "fp4")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_amx_leaves_upstream_what_it_has_an_amx_kernel_for(monkeypatch, dtype):
-    monkeypatch.setattr(machine, "detect", lambda: Machine("cpu", ops.get_isa(), amx=True))
-    kept = {name for name in MIXED if not ours(of_type(name, dtype=dtype))}
-    assert kept == ({"uint4", "uint4b8"} if dtype == torch.bfloat16 else set())
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_where_upstream_has_kernels_for_amx_the_layers_are_ours(monkeypatch, dtype):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    for weight_type in MIXED:
+        chosen = linear.choose_mp_linear_kernel(of_type(weight_type, dtype=dtype))
+        assert chosen.__module__.startswith("vllm_plugin_tm.")
     with set_default_torch_dtype(dtype):  # as while vLLM builds a model
         int8 = type(linear.init_int8_linear_kernel(True, False, True, "test")).__name__
-    upstreams = "CPUInt8ScaledMMLinearKernel"
-    assert int8 == (upstreams if dtype == torch.bfloat16 else "TMInt8ScaledMMLinearKernel")
-    forced = Machine("cpu", ops.get_isa(), amx=True, isa_forced=True)
-    monkeypatch.setattr(machine, "detect", lambda: forced)
-    assert all(ours(of_type(name)) for name in MIXED)
+        assert int8 == "TMInt8ScaledMMLinearKernel"
+        for weights, activations in FP8_KINDS.values():
+            kernel = linear.init_fp8_linear_kernel(activations, weights, dtype, dtype, (256, 256))
+            assert isinstance(kernel, TMFp8LinearKernel)
 
 
 def test_every_scheme_has_every_instruction_set():
     assert {row.scheme for row in MATRIX} == set(envs.SCHEMES)
     assert all(row.isas == envs.ISAS for row in MATRIX if row.device == "cpu")
-
-
-FP8_KINDS = {
-    # Weights and activations that share a scale, and whether upstream has an AMX kernel for them.
-    "whole": (quant_utils.kFp8StaticTensorSym, quant_utils.kFp8StaticTensorSym, True),
-    "channel": (quant_utils.kFp8StaticChannelSym, quant_utils.kFp8DynamicTokenSym, False),
-    "block": (quant_utils.kFp8Static128BlockSym, quant_utils.kFp8Dynamic128Sym, True),
-}
-
-
-@pytest.mark.parametrize("kind", FP8_KINDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_fp8_layers_are_upstreams_where_it_has_an_amx_kernel_for_them(monkeypatch, kind, dtype):
-    monkeypatch.setattr(machine, "detect", lambda: Machine("cpu", ops.get_isa(), amx=True))
-    weights, activations, upstreams = FP8_KINDS[kind]
-    config = linear.FP8ScaledMMLinearLayerConfig(weights, activations, (256, 256), dtype, dtype)
-    assert TMFp8LinearKernel.is_supported()[0]
-    taken, reason = TMFp8LinearKernel.can_implement(config)
-    assert taken == (not upstreams or dtype == torch.float16)
-    assert taken or "AMX" in reason

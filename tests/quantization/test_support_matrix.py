@@ -152,24 +152,12 @@ def test_processor_without_kernels_is_refused():
         assert "avx2" in str(verdict.reason)
 
 
-def test_amx_is_upstreams_where_it_has_a_kernel_unless_an_instruction_set_is_forced():
-    amx = Machine("cpu", "avx512bf16", amx=True)
-    assert "AMX" in str(check(GOOD, amx).reason)
-    assert check(GOOD, Machine("cpu", "avx512bf16", amx=True, isa_forced=True)).ok
-    kept = {name for name in WEIGHT_TYPES if not check_machine(scheme_of(name), name, amx).ok}
-    assert kept == {"uint4", "uint4b8", "int8", "float8_e4m3fn"}
-
-
-@pytest.mark.parametrize(("dtype", "floats"), [("float16", set()), ("float32", {"float8_e4m3fn"})])
-def test_amx_kernels_are_upstreams_in_the_dtypes_that_they_take(dtype, floats):
-    amx = Machine("cpu", "avx512bf16", amx=True)
-    assert check(dataclasses.replace(GOOD, act_dtype=dtype), amx).ok
-    kept = {
-        name
-        for name in WEIGHT_TYPES
-        if not check_machine(scheme_of(name), name, amx, act_dtype=dtype).ok
-    }
-    assert kept == floats
+@pytest.mark.parametrize("weight_type", WEIGHT_TYPES)
+@pytest.mark.parametrize("act_dtype", ["bfloat16", "float16", "float32"])
+def test_amx_takes_every_scheme_in_every_dtype(weight_type, act_dtype):
+    """Upstream's own kernels for such a processor are no reason to leave it a layer."""
+    wanted = request(weight_type, group_size=CHANNEL, act_dtype=act_dtype)
+    assert check(wanted, Machine("cpu", "amx")).ok
 
 
 def test_groups_of_cuda_kernels():
@@ -200,9 +188,8 @@ def test_other_devices_and_excluded_schemes_are_refused():
     assert "w4a16" in str(check(GOOD, HERE, schemes=()).reason)
     for row in MATRIX:
         others = tuple(scheme for scheme in envs.SCHEMES if scheme != row.scheme)
-        for weight_type in row.weight_types:
-            verdict = check_machine(row.scheme, weight_type, HERE, others)
-            assert f"{row.scheme} is not among the schemes to take" in str(verdict.reason)
+        verdict = check_machine(row.scheme, HERE, others)
+        assert f"{row.scheme} is not among the schemes to take" in str(verdict.reason)
 
 
 @pytest.mark.parametrize("group_size", [None, 0, -1, "channel", 512])

@@ -84,20 +84,11 @@ def test_rules_of_the_machine_and_of_the_user(row, weight_type):
     assert reason == f"no {row.scheme} kernel for device xpu, only for {devices}"
 
 
-def test_amx_is_upstreams_where_it_has_a_kernel_unless_an_instruction_set_is_forced():
-    kept = set()
-    for row in (row for row in MOE_MATRIX if row.device == "cpu"):
-        for weight_type in row.weight_types:
-            wanted = request(row, weight_type)
-            assert check_moe(wanted, Machine("cpu", "avx512bf16", amx=True, isa_forced=True)).ok
-            verdict = check_moe(wanted, Machine("cpu", "avx512bf16", amx=True))
-            if not verdict.ok:
-                assert "AMX" in str(verdict.reason)
-                assert "VLLM_PLUGIN_TM_ISA" in str(verdict.reason)
-                kept.add((row.scheme, weight_type))
-    # What upstream's AMX backends for experts take: packed 4 bits, int8, FP8 and MXFP4.
-    assert {("w4a16", "uint4"), ("w4a16", "uint4b8"), ("w8a8", "int8")} <= kept
-    assert {name for _, name in kept} == {"uint4", "uint4b8", "int8", "float8_e4m3fn", "mxfp4"}
+@pytest.mark.parametrize(("row", "weight_type"), CPU_CELLS)
+@pytest.mark.parametrize("act_dtype", ["bfloat16", "float16", "float32"])
+def test_amx_takes_every_scheme_in_every_dtype(row, weight_type, act_dtype):
+    wanted = request(row, weight_type, act_dtype=act_dtype)
+    assert check_moe(wanted, Machine("cpu", "amx")).ok
 
 
 @pytest.mark.parametrize(("row", "weight_type"), CELLS)

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peers as they are on a processor without AMX, on one that has it.
+"""Makes a processor with AMX run as one without: `--no-amx`.
 
-Our kernels do not use AMX: they are for the processors that lack it. On one that has it, upstream
-and torch run other kernels than there, and a comparison says nothing about the others. oneDNN, in
-torch and in vLLM, is told by its environment variable what it may use; vLLM's own kernels are
-chosen in Python, by what torch says of the processor. Both are set for this process, the first for
-its children too.
+Peers: oneDNN's environment variable, for this process and its children, keeps it from AMX in torch
+and in vLLM. vLLM chooses its own kernels by what torch says of the processor, which is changed for
+this process. Our kernels: `isa` names what to run them on.
 """
 
 from vllm_plugin_tm import envs
+from vllm_plugin_tm.kernels import ops
+
+_NEXT = "avx512vnni"
 
 
 def hide() -> None:
@@ -21,6 +22,15 @@ def hide() -> None:
     envs.keep_onednn_from_amx()
     for name in ("_is_amx_tile_supported", "_is_amx_fp16_supported"):
         setattr(torch.cpu, name, lambda: False)
+
+
+def isa() -> str:
+    """The instruction set that our kernels use by default, or would use without AMX. Needs the
+    extension."""
+    chosen = ops.get_isa()
+    # As csrc/cpu/isa.cpp chooses on processors with AMX: their bf16 dot is slower than fp32
+    # multiply-adds, so that avx512bf16 is not the next one.
+    return _NEXT if chosen == "amx" else chosen
 
 
 def is_hidden() -> bool:

@@ -14,7 +14,11 @@ from vllm_plugin_tm.bench.cases import Format
 if TYPE_CHECKING:
     import torch
 
-DOT_KINDS = ("bf16", "int8", "fma32")
+LOOPS = ("bf16", "int8", "fma32", "amx_bf16", "amx_int8")
+"""The loops that the extension has."""
+DOT_KINDS = (*LOOPS, "amx_f16")
+# Tiles multiply no fp16: split exactly into two bf16 parts it needs two of their products.
+_TWICE = {"amx_f16": "amx_bf16"}
 # The instructions for a product, by what it multiplies: the first that there is bounds it; of bf16
 # the faster one, since products of fp32 are as good, and some processors' bf16 dot is slower. fp16
 # has no dot of its own on x86 without AVX512-FP16; split exactly into bf16 pairs it needs two bf16
@@ -26,7 +30,10 @@ _DOT_OF = {
     "f16": ("fma32",),
     "f32": ("fma32",),
 }
+# Of AMX, for a kernel that may use it: fp32 has none.
+_TILE_OF = {"int8": "amx_int8", "bf16": "amx_bf16", "f16": "amx_f16"}
 _DOT_ITERATIONS = 200_000  # 16 independent instructions each: about a millisecond
+_TILE_ITERATIONS = 10_000  # an instruction takes 16 cycles
 _EFFORT = timing.Effort(sample_s=0.004, case_s=0.2, rounds=(7, 31))
 
 
@@ -44,8 +51,9 @@ class Limits:
     dot_gflops: dict[str, float]
 
 
-def dot_kind(form: Format, rates: Mapping[str, float]) -> str:
-    """The instruction that bounds products in this format. `rates` are Limits.dot_gflops.
+def dot_kind(form: Format, rates: Mapping[str, float], tiles: bool = False) -> str:
+    """The instruction that bounds products in this format. `rates` are Limits.dot_gflops; `tiles`:
+    those of AMX count where the processor has them.
 
     Raises:
         ValueError: the processor has none of them.
@@ -53,6 +61,8 @@ def dot_kind(form: Format, rates: Mapping[str, float]) -> str:
     operands = "int8" if form.facts.integer_activations else form.dtype
     if form.facts.floats and form.facts.rounds_activations:
         operands = "bf16"  # e4m3 is exact in it, whatever x was
+    if tiles and operands in _TILE_OF and rates[_TILE_OF[operands]]:
+        return _TILE_OF[operands]
     kinds = [kind for kind in _DOT_OF[operands] if rates[kind]]
     if kinds:
         return max(kinds, key=lambda kind: rates[kind]) if operands == "bf16" else kinds[0]
@@ -90,18 +100,20 @@ class LimitLoops:
     def read_bytes(self) -> int:
         return self._huge.numel()
 
-    def dot(self, kind: str) -> Callable[[], object]:
+    def dot(self, kind: str) -> Callable[[], int]:
         """A step of `dot_flops(kind)` floating-point (or integer) operations."""
-        return lambda: _ops().limit_dot(kind, _DOT_ITERATIONS)
+        loop = _TWICE.get(kind, kind)
+        iterations = _TILE_ITERATIONS if loop.startswith("amx") else _DOT_ITERATIONS
+        return lambda: _ops().limit_dot(loop, iterations)
 
     def dot_flops(self, kind: str) -> int:
         """Operations of one step, a multiply-add as two; 0 where the instruction is missing."""
         if kind not in self._multiply_adds:
-            self._multiply_adds[kind] = int(_ops().limit_dot(kind, _DOT_ITERATIONS))
-        return 2 * self._multiply_adds[kind]
+            self._multiply_adds[kind] = int(self.dot(kind)())
+        return 2 * self._multiply_adds[kind] // (2 if kind in _TWICE else 1)
 
     def measure(self) -> Limits:
-        """All limits now, in under a second."""
+        """All limits now, in under two seconds."""
         steps: dict[str, timing.Step] = {
             "read": self.read,
             "read_small": lambda: _ops().limit_read(self._small),

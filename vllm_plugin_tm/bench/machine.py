@@ -28,7 +28,7 @@ _FLAGS = (
 class Machine:
     """The conditions that every number carries. `llc_bytes` is the last-level cache of all usable
     processors together, `llc_known` False where it had to be guessed. `load` is the system's load
-    average of the minute before the run. `amx_hidden`: it has AMX, and no peer was to use it."""
+    average of the minute before the run. `amx_hidden`: it has AMX, and no kernel was to use it."""
 
     cpu: str
     flags: tuple[str, ...]
@@ -44,7 +44,7 @@ class Machine:
     def summary(self) -> str:
         cache = f"{self.llc_bytes / 2**20:.0f} MiB last-level cache"
         guessed = "" if self.llc_known else " (guessed)"
-        hidden = ", AMX hidden from every peer" if self.amx_hidden else ""
+        hidden = ", AMX hidden from every kernel" if self.amx_hidden else ""
         return f"{self.cpu}, {self.threads} of {self.cpus} CPUs, {cache}{guessed}{hidden}"
 
 

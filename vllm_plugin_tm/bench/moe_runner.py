@@ -102,12 +102,17 @@ def _measure(
         for peer in everyone
         if run.is_right(peer, partial(moe_peers.check, peer, calls, wanted[peer.rounding]))
     ]
-    samples, limits = run.time(case.format, able, [peer.step(calls) for peer in able])
+    timed = run.time(case.format, able, [peer.step(calls) for peer in able])
     touched = mean(call.experts for call in calls)
     measured = [
         results.Measured(
-            peer.name, peer.isa, case.format.symmetric, round(touched * peer.expert_bytes), own
+            peer.name,
+            peer.isa,
+            case.format.symmetric,
+            round(touched * peer.expert_bytes),
+            samples,
+            limits,
         )
-        for peer, own in zip(able, samples, strict=True)
+        for peer, (samples, limits) in zip(able, timed, strict=True)
     ]
-    run.moe += results.moe_rows_of(case, measured, limits, touched)
+    run.moe += results.moe_rows_of(case, measured, touched)

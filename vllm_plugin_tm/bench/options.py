@@ -84,7 +84,7 @@ def isas(text: str, available: tuple[str, ...]) -> tuple[str, ...]:
     """ "avx512,avx2" or "all" -> names among `available`, best first as given there.
 
     Raises:
-        ValueError: a name that this processor cannot run or that no kernel exists for.
+        ValueError: a name that is not among them.
     """
     if text == ALL:
         return available
@@ -92,8 +92,7 @@ def isas(text: str, available: tuple[str, ...]) -> tuple[str, ...]:
     for name in chosen:
         if name not in available:
             raise ValueError(
-                f"--isa: {name!r} is not one of {', '.join(available)} (what this processor can "
-                "run) or all"
+                f"--isa: {name!r} is not one of {', '.join(available)} (what can run here) or all"
             )
     return tuple(name for name in available if name in chosen)
 

@@ -134,7 +134,7 @@ def _roofs(axes: "Axes", report: Report, rows: list[Figures]) -> None:
     kinds = sorted({row.limits.dot_kind for row in rows})
     unit = flops_unit(rows[0])
     highest = 0.0
-    for kind, style in zip(kinds, ("-", "--"), strict=False):
+    for kind, style in zip(kinds, itertools.cycle(("-", "--", "-.", ":"))):
         peaks = (report.before.dot_gflops[kind], report.after.dot_gflops[kind])
         peak = max(peaks)
         highest = max(highest, peak)

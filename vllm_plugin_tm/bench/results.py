@@ -68,32 +68,31 @@ class Report:
 @dataclass(frozen=True)
 class Measured:
     """One kernel's part in a case: its name, instruction set, whether its weights have no zero
-    points, their bytes, and its samples."""
+    points, their bytes, its samples, and its limits in the same rounds."""
 
     kernel: str
     isa: str
     symmetric: bool
     weight_bytes: int
     samples: Samples
+    limits: RowLimits
 
 
-def rows_of(case: Case, measured: list[Measured], limits: RowLimits) -> list[Row]:
-    """The rows of one case. `limits` are those of the same rounds.
+def rows_of(case: Case, measured: list[Measured]) -> list[Row]:
+    """The rows of one case.
 
     Everyone is compared with every other kernel; where one ran on several instruction sets, with
     the first.
     """
     others = _first_of_each(measured)
-    return [Row(n=case.n, k=case.k, **_figures(case, one, others, limits)) for one in measured]
+    return [Row(n=case.n, k=case.k, **_figures(case, one, others)) for one in measured]
 
 
-def moe_rows_of(
-    case: MoeCase, measured: list[Measured], limits: RowLimits, touched: float
-) -> list[MoeRow]:
+def moe_rows_of(case: MoeCase, measured: list[Measured], touched: float) -> list[MoeRow]:
     """As rows_of; the measured bytes are those of `touched` experts."""
     own = {**asdict(case.layer), "touched": touched}
     others = _first_of_each(measured)
-    return [MoeRow(**own, **_figures(case, one, others, limits)) for one in measured]
+    return [MoeRow(**own, **_figures(case, one, others)) for one in measured]
 
 
 def _first_of_each(measured: list[Measured]) -> dict[str, Measured]:
@@ -103,9 +102,7 @@ def _first_of_each(measured: list[Measured]) -> dict[str, Measured]:
     return first
 
 
-def _figures(
-    case: Case | MoeCase, own: Measured, others: dict[str, Measured], limits: RowLimits
-) -> dict[str, Any]:
+def _figures(case: Case | MoeCase, own: Measured, others: dict[str, Measured]) -> dict[str, Any]:
     """The fields of Figures."""
     form = case.format
     return {
@@ -119,7 +116,7 @@ def _figures(
         **_times(own.samples),
         "bytes": own.weight_bytes + case.activation_bytes,
         "flops": case.flops,
-        "limits": limits,
+        "limits": own.limits,
         "speedups": {
             kernel: ratio(other.samples, own.samples)
             for kernel, other in others.items()

@@ -9,12 +9,12 @@ from typing import TypeVar
 
 import torch
 
-from vllm_plugin_tm.bench import figures, guard, machine, peers, results, timing
+from vllm_plugin_tm.bench import amx, figures, guard, machine, peers, results, timing
 from vllm_plugin_tm.bench.cases import Format
 from vllm_plugin_tm.bench.limits import LimitLoops, dot_kind
 from vllm_plugin_tm.kernels import ops
 
-_READ, _DOT = "limit: read", "limit: dot"
+_READ, _DOT = "limit: read", "limit: {}"
 
 Progress = Callable[[int, int, str], None]
 """Called with cases done, cases in all, and what comes next."""
@@ -74,24 +74,36 @@ class Run:
 
     def time(
         self, form: Format, kernels: Sequence[peers.Kernel], steps: Sequence[timing.Step]
-    ) -> tuple[list[timing.Samples], figures.RowLimits]:
-        """The kernels' samples, and the limits of the same rounds; `steps[i]` is of kernel i."""
+    ) -> list[tuple[timing.Samples, figures.RowLimits]]:
+        """The kernels' samples, and their limits in the same rounds; `steps[i]` is of kernel i."""
         able = {kernel.label: kernel for kernel in kernels}
-        kind = dot_kind(form, self.rates)
+        kinds = {
+            label: dot_kind(form, self.rates, _may_use_tiles(kernel))
+            for label, kernel in able.items()
+        }
         turns = dict(zip(able, steps, strict=True))
-        turns |= {_READ: self.loops.read, _DOT: self.loops.dot(kind)}
+        turns |= {_READ: self.loops.read}
+        turns |= {_DOT.format(kind): self.loops.dot(kind) for kind in kinds.values()}
 
         def before(label: str) -> None:
             if label in able:
                 able[label].select()
 
         samples = timing.time_in_turns(turns, self.plan.effort, before)
-        limits = figures.RowLimits(
-            read_gbps=self.loops.read_bytes / samples[_READ].median / 1e9,
-            dot_gflops=self.loops.dot_flops(kind) / samples[_DOT].median / 1e9,
-            dot_kind=kind,
-        )
-        return [samples[label] for label in able], limits
+        limits = {
+            kind: figures.RowLimits(
+                read_gbps=self.loops.read_bytes / samples[_READ].median / 1e9,
+                dot_gflops=self.loops.dot_flops(kind) / samples[_DOT.format(kind)].median / 1e9,
+                dot_kind=kind,
+            )
+            for kind in kinds.values()
+        }
+        return [(samples[label], limits[kind]) for label, kind in kinds.items()]
+
+
+def _may_use_tiles(kernel: peers.Kernel) -> bool:
+    """Ours where it runs on AMX, a peer where AMX is not hidden from it."""
+    return kernel.isa == "amx" if kernel.isa else not amx.is_hidden()
 
 
 def report(plan: Plan, measure: Callable[[Run], None]) -> results.Report:

@@ -93,18 +93,19 @@ def _measure(case: Case, everyone: list[peers.Peer], run: rounds.Run) -> None:
     able = [peer for peer in everyone if _takes(peer, x, run)]
     for peer in able:
         peer.warm(x)
-    samples, limits = run.time(case.format, able, [peer.step(x) for peer in able])
+    timed = run.time(case.format, able, [peer.step(x) for peer in able])
     measured = [
         results.Measured(
             peer.name,
             peer.isa,
             case.format.symmetric or peer.name == OURS_SYMMETRIC,
             peer.weight_bytes,
-            own,
+            samples,
+            limits,
         )
-        for peer, own in zip(able, samples, strict=True)
+        for peer, (samples, limits) in zip(able, timed, strict=True)
     ]
-    run.rows += results.rows_of(case, measured, limits)
+    run.rows += results.rows_of(case, measured)
 
 
 def _takes(peer: peers.Peer, x: torch.Tensor, run: rounds.Run) -> bool:

@@ -143,7 +143,7 @@ def _limits(limits: Limits) -> str:
     dots = ", ".join(f"{k} {v:.0f}" for k, v in limits.dot_gflops.items() if v)
     return (
         f"read {limits.read_gbps:.1f} GB/s ({limits.read_small_pages_gbps:.1f} from small pages); "
-        f"multiply-adds in GFLOP/s (int8: GOP/s): {dots}"
+        f"multiply-adds in GFLOP/s (of int8: GOP/s): {dots}"
     )
 
 

@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--no-amx",
         action="store_true",
-        help="peers as on a processor without AMX (our kernels never use it)",
+        help="our kernels and all peers as on a processor without AMX",
     )
     add("--threads", type=options.threads, help="default: every processor of this process")
     add(
@@ -150,7 +150,7 @@ def _planned(
 
     how = {
         "kernels": args.kernels,
-        "isas": _isas(args.isa),
+        "isas": _isas(args.isa, args.no_amx),
         "threads": args.threads or len(machine.usable_cpus()),
         "effort": effort.QUICK if args.quick else effort.FULL,
         "command": _command(),
@@ -175,11 +175,13 @@ def _command() -> str:
     return shlex.join(["vllm-tm" if script == "__main__.py" else script, *sys.argv[1:]])
 
 
-def _isas(text: str | None) -> tuple[str, ...]:
-    available = ops.cpu_isas()
+def _isas(text: str | None, no_amx: bool) -> tuple[str, ...]:
+    available = tuple(isa for isa in ops.cpu_isas() if not (no_amx and isa == "amx"))
     if not available:
         raise ValueError("this processor has none of the instruction sets that kernels exist for")
-    return options.isas(text, available) if text else (ops.get_isa(),)
+    if text:
+        return options.isas(text, available)
+    return (amx.isa() if no_amx else ops.get_isa(),)
 
 
 def _cases(args: argparse.Namespace) -> list[cases.Case]:

@@ -137,6 +137,7 @@ def _processor() -> list[Check]:
         Check("threads", "info", f"{torch.get_num_threads()} for torch and for these kernels"),
         _gpu(),
         _instruction_sets(),
+        *_refused_amx(),
     ]
 
 
@@ -174,6 +175,12 @@ def _instruction_sets() -> Check:
         )
     chosen = ops.get_isa() if wanted == "auto" else wanted
     return Check("kernels for", "ok", f"{', '.join(usable)}; in use: {chosen}")
+
+
+def _refused_amx() -> list[Check]:
+    """Why a processor's AMX is not used, where it has it and the system refuses it."""
+    problem = ops.amx_problem()
+    return [Check("AMX", "warn", problem)] if problem else []
 
 
 def _cpuinfo() -> tuple[str, frozenset[str]]:

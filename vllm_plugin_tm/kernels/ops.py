@@ -113,6 +113,15 @@ def cpu_isas() -> tuple[str, ...]:
     return tuple(names.split(",")) if names else ()
 
 
+def amx_problem() -> str:
+    """Why a processor with AMX does not run on it, in one line; empty where it does, and where the
+    processor has none."""
+    import torch
+
+    load()
+    return torch.ops.vllm_plugin_tm.amx_problem()
+
+
 def get_isa() -> str:
     """The instruction set in use in this process; "none" where there is no kernel."""
     import torch
@@ -130,7 +139,9 @@ def set_isa(name: str) -> None:
 
     allowed = cpu_isas()
     if name not in allowed:
-        raise ValueError(f"instruction set {name!r} is not one of {allowed} on this processor")
+        message = f"instruction set {name!r} is not one of {allowed} on this processor"
+        problem = amx_problem() if name == "amx" else ""
+        raise ValueError(f"{message}: {problem}" if problem else message)
     torch.ops.vllm_plugin_tm.set_isa(name)
 
 

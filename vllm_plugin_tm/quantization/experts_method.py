@@ -3,7 +3,6 @@
 upstream have it, then send its weights and activations to a TMExpertsKernel."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from vllm_plugin_tm.quantization.float_experts_kernel import FloatFormat, TMFloa
 from vllm_plugin_tm.quantization.support_matrix import (
     CHANNEL,
     WEIGHT_TYPES,
-    Machine,
     MoeRequest,
     check_moe,
 )
@@ -48,23 +46,15 @@ class TMExpertsMethod:
     def _begin(self, moe: Any, wanted: MoeRequest | str, upstream: Callable[[], None]) -> bool:
         """Constructs for `wanted`, or, where that is no request but why there is none, and where
         the support matrix says no, calls `upstream`. Returns whether the layer is ours.
-
-        On a processor with AMX upstream has kernels, and the matrix says no, but not for every
-        layer that we can run: where upstream refuses one of those, we take it.
         """
-        here = machine.detect()
-        reason = wanted if isinstance(wanted, str) else _refusal(wanted, here)
+        reason = wanted if isinstance(wanted, str) else _refusal(wanted)
         if reason is not None:
             self.note = reason
             try:
                 upstream()
-                return False
             except (NotImplementedError, ValueError) as error:
-                if not isinstance(wanted, str):
-                    reason = _refusal(wanted, replace(here, amx=False))
-                if reason is not None:
-                    raise type(error)(f"{error} (vllm-plugin-tm: {reason})") from error
-                self.note = ""
+                raise type(error)(f"{error} (vllm-plugin-tm: {reason})") from error
+            return False
         assert isinstance(wanted, MoeRequest)
         FusedMoEMethodBase.__init__(self, moe)  # type: ignore[arg-type]
         if self.form is not None:
@@ -113,9 +103,9 @@ class TMExpertsMethod:
         return False if self.kernel is not None else super().supports_eplb  # type: ignore[misc]
 
 
-def _refusal(wanted: MoeRequest, here: Machine) -> str | None:
+def _refusal(wanted: MoeRequest) -> str | None:
     """Why a layer cannot be ours, or None."""
-    reason = check_moe(wanted, here, envs.schemes()).reason
+    reason = check_moe(wanted, machine.detect(), envs.schemes()).reason
     return reason or selftest.gpu_failure(f"{wanted.scheme}_moe")
 
 

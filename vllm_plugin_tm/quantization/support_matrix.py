@@ -21,13 +21,11 @@ one of the same generation, or, if it is newer than all of them, what its driver
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a layer would run: device type, the kernels' instruction set (None: the device has none
-    of ours), whether it has AMX tiles, and whether the user forced an instruction set."""
+    """Where a layer would run: device type, and the kernels' instruction set (None: the device has
+    none of ours)."""
 
     device: str
     isa: str | None
-    amx: bool = False
-    isa_forced: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,9 +119,7 @@ class Row:
     `group_multiple` is what group sizes are multiples of; None: no groups, one scale per channel.
     `more_groups` are sizes beside these, `longest_group` is the longest one if there is any.
     `groups` says it in words where that is not all.
-    `rounding` says what happens to activations, empty where they are kept. `amx_types` are the
-    weight types for which upstream has an AMX kernel, and so keeps its layers, where activations
-    are of one of `amx_dtypes`.
+    `rounding` says what happens to activations, empty where they are kept.
     """
 
     scheme: str
@@ -134,8 +130,6 @@ class Row:
     rounding: str
     device: str
     isas: tuple[str, ...]
-    amx_types: tuple[str, ...] = ()
-    amx_dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
     groups: str = ""
     more_groups: tuple[int, ...] = ()
     longest_group: int | None = None
@@ -165,9 +159,6 @@ def _packed(*bits: int) -> tuple[str, ...]:
 
 
 _FLOATS = ("bfloat16", "float16", "float32")
-# Of integer weights: with float16 upstream runs 4-bit ones on its AVX-512 kernel, and its AMX
-# kernel for int8 ends the process; with float32 both fail. Tried with vLLM 0.32.
-_AMX_DTYPES = ("bfloat16",)
 _PACKED = "compressed-tensors pack-quantized"
 _PACKED_A8 = "compressed-tensors pack-quantized with int8 activations"
 _HALVES = ("bfloat16", "float16")
@@ -182,7 +173,6 @@ def _cuda(rows: tuple[Row, ...], experts: bool) -> tuple[Row, ...]:
             device="cuda",
             isas=CUDA_ISAS,
             act_dtypes=_HALVES,
-            amx_types=(),
         )
         for scheme in ("w4a16", "w4a8", "w8a8")
     )
@@ -204,8 +194,6 @@ _CPU_MATRIX: tuple[Row, ...] = (
         rounding="",
         device="cpu",
         isas=ISAS,
-        amx_types=_packed(4),
-        amx_dtypes=_AMX_DTYPES,
     ),
     Row(
         scheme="w8a16",
@@ -226,8 +214,6 @@ _CPU_MATRIX: tuple[Row, ...] = (
         rounding="int8, symmetric, per token or per token and group",
         device="cpu",
         isas=ISAS,
-        amx_types=_packed(4),
-        amx_dtypes=_AMX_DTYPES,
     ),
     Row(
         scheme="w8a8",
@@ -238,8 +224,6 @@ _CPU_MATRIX: tuple[Row, ...] = (
         rounding="int8, with or without zero point, per token or static per tensor",
         device="cpu",
         isas=ISAS,
-        amx_types=("int8",),
-        amx_dtypes=_AMX_DTYPES,
     ),
     Row(
         scheme="fp8",
@@ -255,8 +239,6 @@ _CPU_MATRIX: tuple[Row, ...] = (
         rounding="e4m3, per token, per token and 128 neighbours, or static per tensor; W8A16 kept",
         device="cpu",
         isas=ISAS,
-        amx_types=("float8_e4m3fn",),
-        amx_dtypes=("bfloat16", "float32"),
     ),
     Row(
         scheme="fp4",
@@ -281,7 +263,6 @@ _CPU_MOE_MATRIX: tuple[Row, ...] = (
         rounding="",
         device="cpu",
         isas=ISAS,
-        amx_types=_packed(4),
     ),
     Row(
         scheme="w8a16",
@@ -316,7 +297,6 @@ _CPU_MOE_MATRIX: tuple[Row, ...] = (
         rounding="int8, symmetric, per token",
         device="cpu",
         isas=ISAS,
-        amx_types=("int8",),
     ),
     Row(
         scheme="fp8",
@@ -332,7 +312,6 @@ _CPU_MOE_MATRIX: tuple[Row, ...] = (
         rounding="e4m3, per token, per token and 128 neighbours, or static per tensor",
         device="cpu",
         isas=ISAS,
-        amx_types=("float8_e4m3fn",),
     ),
     Row(
         scheme="fp4",
@@ -348,7 +327,6 @@ _CPU_MOE_MATRIX: tuple[Row, ...] = (
         rounding="",
         device="cpu",
         isas=ISAS,
-        amx_types=("mxfp4",),
     ),
 )
 
@@ -413,9 +391,7 @@ def check(
             False,
             f"weight type ({request.weight_type}) not supported, supported are {tuple(_SCHEME_OF)}",
         )
-    verdict = check_machine(
-        scheme, request.weight_type, machine, schemes, act_dtype=request.act_dtype
-    )
+    verdict = check_machine(scheme, machine, schemes, act_dtype=request.act_dtype)
     if not verdict.ok:
         return verdict
     row = _row(scheme, machine.device)
@@ -426,7 +402,7 @@ def check(
 
 def check_moe(request: MoeRequest, machine: Machine, schemes: tuple[str, ...] = SCHEMES) -> Verdict:
     """As `check`, for routed experts."""
-    verdict = check_machine(request.scheme, request.weight_type, machine, schemes, MOE_MATRIX)
+    verdict = check_machine(request.scheme, machine, schemes, MOE_MATRIX)
     if not verdict.ok:
         return verdict
     row = _row(request.scheme, machine.device, MOE_MATRIX)
@@ -443,14 +419,13 @@ def check_moe(request: MoeRequest, machine: Machine, schemes: tuple[str, ...] = 
 
 def check_machine(
     scheme: str,
-    weight_type: str,
     machine: Machine,
     schemes: tuple[str, ...] = SCHEMES,
     matrix: tuple[Row, ...] = MATRIX,
     act_dtype: str | None = None,
 ) -> Verdict:
-    """The rules of `check` that do not look at the layer beyond its type of weights and its
-    activations' (None: not known)."""
+    """The rules of `check` that do not look at the layer beyond its activations' dtype (None: not
+    known)."""
     row = _row(scheme, machine.device, matrix)
     if row is None:
         known = sorted({row.device for row in matrix if row.scheme == scheme})
@@ -462,13 +437,6 @@ def check_machine(
         return Verdict(False, reason)
     if act_dtype is not None and act_dtype not in row.act_dtypes:
         return Verdict(False, _act_dtype_problem(row, act_dtype))
-    has_amx_kernel = weight_type in row.amx_types and act_dtype in (None, *row.amx_dtypes)
-    if machine.amx and not machine.isa_forced and has_amx_kernel:
-        return Verdict(
-            False,
-            "this processor has AMX, for which upstream has its own kernel; "
-            f"VLLM_PLUGIN_TM_ISA set to one of {row.isas} takes the layer anyway",
-        )
     return Verdict(True)
 
 

@@ -142,17 +142,6 @@ def test_every_kind_is_told_by_its_name_and_kernel(tmp_path, capsys, monkeypatch
     assert (found[PLAIN]["scheme"], found[PLAIN]["kernel"]) == ("bfloat16", "upstream")
 
 
-def test_amx_takes_what_upstream_has_a_kernel_for(tmp_path, capsys, monkeypatch):
-    """int8; FP8 under kept activations it has none for, nor under those rounded per token."""
-    monkeypatch.setattr(machine, "detect", lambda: Machine("cpu", "avx512bf16", amx=True))
-    kinds = {"int8-tensor": "upstream", "fp8-tensor": "TM fp8", "fp8-kept": "TM fp8"}
-    for kind, kernel in kinds.items():
-        (tmp_path / kind).mkdir()
-        assert main(["inspect", str(write(tmp_path / kind, kind)), "--json"]) == 0
-        found = {module["module"]: module for module in json.loads(capsys.readouterr().out)}
-        assert found[LINEAR]["kernel"] == kernel
-
-
 def write_stacked(folder, scales=(4, 128, 4)):
     """A layer as gpt-oss holds it: a router and attention in 16 bits, experts in one tensor for
     each projection, gates and ups in turns."""

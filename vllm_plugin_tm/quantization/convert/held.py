@@ -31,8 +31,7 @@ _MODELOPT_CHANNELS = "ModelOpt's experts with a scale for each channel have no T
 class Held:
     """`name` is what is shown, `shape` [N, K]; `ours` the scheme of the support matrix that would
     run it, None where there is none, for the reason `why`; `expert_why` is a reason that holds for
-    routed experts only; `amx`: on a processor with AMX upstream may have a kernel for linear layers
-    of this kind; `activation`: that between the projections, where this is an expert's."""
+    routed experts only; `activation`: that between the projections, where this is an expert's."""
 
     name: str
     shape: tuple[int, int]
@@ -42,7 +41,6 @@ class Held:
     group: int = CHANNEL
     why: str = ""
     expert_why: str = ""
-    amx: bool = True
     activation: str = "silu"
 
 
@@ -65,9 +63,7 @@ def of_compressed_tensors(parts: Mapping[str, Stored], scheme: "QuantizationSche
             return Held(name, (n, k), why=f"{form} of {weights.num_bits} bits has no TM kernel")
         block = weights.block_structure if strategy == "block" else None
         why = "" if rounds else "FP8 experts under kept activations have no TM kernel"
-        static = act is not None and act.dynamic is False
-        amx = rounds and (strategy == "block" or (strategy == "tensor" and static))
-        return replace(_fp8(name, (n, k), block, why), amx=amx)
+        return _fp8(name, (n, k), block, why)
 
     bits = weights.num_bits
     if "weight_packed" in parts:
@@ -117,7 +113,7 @@ def of_method(module: str, parts: Mapping[str, Stored], quantization: dict) -> H
     name = f"fp8 {'block' if block else 'tensor' if whole else 'channel'}"
     channels = not block and not whole
     why = _MODELOPT_CHANNELS if method == "modelopt" and channels else ""
-    return replace(_fp8(name, (n, k), block, why), amx=not channels)
+    return _fp8(name, (n, k), block, why)
 
 
 def of_stacked_experts(module: str, blocks: Stored, scales: Stored) -> Held:

@@ -5,7 +5,7 @@ compressed-tensors, how far its weights are from those of the checkpoint it was 
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -186,8 +186,7 @@ def _kernel(module: str, held: Held, machine: Machine) -> tuple[str, str]:
         experts = MoeRequest(held.ours, *common, hidden, inner, inner, held.activation)
         verdict = check_moe(experts, machine, envs.schemes())
     else:
-        here = machine if held.amx else replace(machine, amx=False)
-        verdict = check(Request(*common, k, n, full_k=k), here, envs.schemes(), held.ours)
+        verdict = check(Request(*common, k, n, full_k=k), machine, envs.schemes(), held.ours)
     return (f"TM {held.ours}", "") if verdict.ok else ("upstream", verdict.reason or "")
 
 

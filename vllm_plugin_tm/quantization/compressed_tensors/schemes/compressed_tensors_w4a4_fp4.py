@@ -20,14 +20,13 @@ from vllm_plugin_tm.quantization.support_matrix import check_machine
 class TMFp4LinearKernel(TMLinearKernel):
     """e2m1 weights under byte scales; what the two formats share."""
 
-    weight_type: str
     scale_type: str
     group: int
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
         """(True, None), or (False, the reason): whether this machine runs the kernel."""
-        verdict = check_machine("fp4", cls.weight_type, machine.detect(), envs.schemes())
+        verdict = check_machine("fp4", machine.detect(), envs.schemes())
         return verdict.ok, verdict.reason
 
     @classmethod
@@ -121,14 +120,14 @@ class TMFp4LinearKernel(TMLinearKernel):
 class TMMxFp4LinearKernel(TMFp4LinearKernel, MxFp4LinearKernel):
     """32 weights share a power of two."""
 
-    weight_type, scale_type, group = "mxfp4", "e8m0", 32
+    scale_type, group = "e8m0", 32
 
 
 class TMNvFp4LinearKernel(TMFp4LinearKernel, NvFp4LinearKernel):
     """16 weights share an e4m3 scale, a tensor has another one of float32, which multiplies here:
     what checkpoints divide by was turned around before."""
 
-    weight_type, scale_type, group = "nvfp4", "e4m3", 16
+    scale_type, group = "e4m3", 16
 
     def disk_tensors(self, layer: torch.nn.Module) -> tuple[str, ...]:
         """Also the scale of the tensor, as compressed-tensors and as ModelOpt call it."""

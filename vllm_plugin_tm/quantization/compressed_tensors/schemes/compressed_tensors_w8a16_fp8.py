@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """FP8 weights under activations that are kept, for which upstream has no kernel on CPUs."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from vllm_plugin_tm import machine
 from vllm_plugin_tm.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_fp8 import (
     TMFp8LinearKernel,
 )
-from vllm_plugin_tm.quantization.support_matrix import Machine
 
 
 class TMWFp8A16LinearKernel(TMFp8LinearKernel):
@@ -18,11 +15,6 @@ class TMWFp8A16LinearKernel(TMFp8LinearKernel):
     it is chosen from does."""
 
     keeps_activations = True
-
-    @classmethod
-    def machine(cls) -> Machine:
-        """Upstream has no kernel of this kind for AMX either."""
-        return replace(machine.detect(), amx=False)
 
 
 class TMW8A16Fp8:

@@ -3,7 +3,6 @@
 all that reaches it: compressed-tensors, the fp8 method, ModelOpt, FBGEMM, Quark."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +17,12 @@ from vllm_plugin_tm import envs, machine, selftest
 from vllm_plugin_tm.quantization import grouped_int, small_floats
 from vllm_plugin_tm.quantization.kernel import put
 from vllm_plugin_tm.quantization.linear_kernel import TMLinearKernel, layer_name, part_sizes
-from vllm_plugin_tm.quantization.support_matrix import CHANNEL, Machine, Request, check
+from vllm_plugin_tm.quantization.support_matrix import (
+    CHANNEL,
+    Request,
+    check,
+    check_machine,
+)
 
 WEIGHT_TYPE = "float8_e4m3fn"
 _BLOCK_SCALE = "weight_scale_inv"  # what DeepSeek calls it
@@ -35,16 +39,9 @@ class TMFp8LinearKernel(TMLinearKernel, FP8ScaledMMLinearKernel):
     keeps_activations = False
 
     @classmethod
-    def machine(cls) -> Machine:
-        """Where the layer would run."""
-        return machine.detect()
-
-    @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
-        """(True, None), or (False, the reason): whether this machine runs the kernel. What AMX
-        means depends on the layer."""
-        anything = Request(WEIGHT_TYPE, False, CHANNEL, "bfloat16", k=1, n=1, full_k=1)
-        verdict = check(anything, replace(cls.machine(), amx=False), envs.schemes())
+        """(True, None), or (False, the reason): whether this machine runs the kernel."""
+        verdict = check_machine("fp8", machine.detect(), envs.schemes())
         return verdict.ok, verdict.reason
 
     @classmethod
@@ -58,11 +55,8 @@ class TMFp8LinearKernel(TMLinearKernel, FP8ScaledMMLinearKernel):
         if _is_block(c):
             group = small_floats.block_group(k, key.scale.group_shape.col)
         act = str(c.input_dtype).removeprefix("torch.")
-        here = cls.machine()
-        if not (_is_block(c) or _is_whole(c)):
-            here = replace(here, amx=False)  # upstream's AMX kernels take those two
         request = Request(WEIGHT_TYPE, False, group, act, k=k, n=n, full_k=k)
-        verdict = check(request, here, envs.schemes())
+        verdict = check(request, machine.detect(), envs.schemes())
         return verdict.ok, verdict.reason
 
     def __init__(self, c: FP8ScaledMMLinearLayerConfig, layer_param_names: Sequence[str]) -> None:
@@ -198,12 +192,6 @@ def _is_block(c: FP8ScaledMMLinearLayerConfig) -> bool:
     """Whether weights have a scale for each block; a channel's is (-1, 1) or (1, -1)."""
     shape = c.weight_quant_key.scale.group_shape
     return bool(shape.row > 0 and shape.col > 0)
-
-
-def _is_whole(c: FP8ScaledMMLinearLayerConfig) -> bool:
-    """Whether all weights have one scale, and all activations."""
-    shapes = (c.weight_quant_key.scale.group_shape, c.activation_quant_key.scale.group_shape)
-    return all(shape.is_per_tensor() for shape in shapes)
 
 
 def _scale_name(layer: torch.nn.Module) -> str:

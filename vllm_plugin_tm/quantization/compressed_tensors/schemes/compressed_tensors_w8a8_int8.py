@@ -34,7 +34,7 @@ class TMInt8ScaledMMLinearKernel(TMLinearKernel, Int8ScaledMMLinearKernel):
         configuration does not name the activations' dtype; it is torch's default while vLLM builds
         a model."""
         dtype = str(torch.get_default_dtype()).removeprefix("torch.")
-        verdict = check_machine("w8a8", "int8", machine.detect(), envs.schemes(), act_dtype=dtype)
+        verdict = check_machine("w8a8", machine.detect(), envs.schemes(), act_dtype=dtype)
         problem = selftest.gpu_failure("w8a8") if verdict.ok else verdict.reason
         return problem is None, problem
 
