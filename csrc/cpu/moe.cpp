@@ -20,9 +20,10 @@ namespace {
 
 thread_local Scratch routing_scratch, result_scratch, row_scratch;
 
-/// Rows of a block of fp32 results: 8 KiB, which stay in the first-level cache beside the stream of weights.
-constexpr int64_t kBlockRowTiles = 4;
-constexpr int64_t kBlockRows = kBlockRowTiles * kMostTileRows;
+/// Row tiles of a block of fp32 results. Of vectors' tiles 8 KiB, which stay in the first-level cache beside the stream of
+/// weights; of AMX's 32 KiB, as a panel of weights is decoded for each block.
+constexpr int64_t kBlockRowTiles = 4, kBlockFullTiles = 8;
+constexpr int64_t kBlockRows = kBlockFullTiles * kMostTileRows;
 
 /// Items of work for each thread, see gemm.cpp.
 constexpr int64_t kItemsPerThread = 8;
@@ -234,8 +235,9 @@ void block_results(Gemm g, const GemmIsa& isa, const PreparedX& x, Range tiles, 
   alignas(64) float block[kBlockRows * kBlockChannels];
   g.y = block;
   g.y_channel = tiles.begin * kTileN;
-  for (int64_t t = row_tiles.begin; t < row_tiles.end; t += kBlockRowTiles) {
-    const int64_t end = std::min(t + kBlockRowTiles, row_tiles.end);
+  const int64_t most = x.full_tiles ? kBlockFullTiles : kBlockRowTiles;
+  for (int64_t t = row_tiles.begin; t < row_tiles.end; t += most) {
+    const int64_t end = std::min(t + most, row_tiles.end);
     g.y_row = row_tile(x.rows, x.row_tiles, x.full_tiles, t).begin;
     run_share(isa, g, x, {tiles, {t, end}});
     use(block, g.y_row, row_tile(x.rows, x.row_tiles, x.full_tiles, end - 1).end - g.y_row);

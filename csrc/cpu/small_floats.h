@@ -25,26 +25,21 @@ constexpr int32_t kE4m3Magic = (20 << 23) | 0x00400000;
 /// fp32 of the e2m1 codes without sign.
 constexpr float kE2m1[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
 
-/// Says what subnormal fp32 are for as long as it lives, whatever the caller asked of the processor.
-template <bool Keep>
-class Subnormals {
+/// Bits of MXCSR: subnormal fp32 count as 0, as operands and as results.
+constexpr unsigned kFlushSubnormals = 0x8040;
+
+/// Keeps subnormal fp32 what they are for as long as it lives: e4m3's own pass through them, and the caller may have
+/// asked the processor to take them for 0.
+class KeepSubnormals {
  public:
-  Subnormals() : before_(_mm_getcsr()) {
-    _mm_setcsr(Keep ? before_ & ~(kDenormalsAreZero | kFlushToZero) : before_ | kDenormalsAreZero | kFlushToZero);
-  }
-  ~Subnormals() { _mm_setcsr(before_); }
-  Subnormals(const Subnormals&) = delete;
-  Subnormals& operator=(const Subnormals&) = delete;
+  KeepSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ & ~kFlushSubnormals); }
+  ~KeepSubnormals() { _mm_setcsr(before_); }
+  KeepSubnormals(const KeepSubnormals&) = delete;
+  KeepSubnormals& operator=(const KeepSubnormals&) = delete;
 
  private:
-  static constexpr unsigned kDenormalsAreZero = 0x0040, kFlushToZero = 0x8000;
   unsigned before_;
 };
-
-/// What they are: e4m3's own pass through them.
-using KeepSubnormals = Subnormals<true>;
-/// 0, as for AMX tiles.
-using FlushSubnormals = Subnormals<false>;
 
 }  // namespace
 }  // namespace turbo::cpu

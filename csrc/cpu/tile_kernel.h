@@ -514,7 +514,6 @@ struct TileKernel : Channels<I> {
   }
 
   static void run(const Gemm& a, const PreparedX& x, const Share& share) {
-    [[maybe_unused]] const typename I::Environment environment{};
     TileConfig config;
     const int64_t rows = x.row_tiles == 1 ? x.rows : kTileRows;
     for (int t = 0; t < 8; ++t) {

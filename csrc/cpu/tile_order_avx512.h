@@ -17,6 +17,7 @@ namespace {
 
 struct TileSum {
   Vec16 even, odd, sum;
+  unsigned environment;  // MXCSR as it was, in the first of several
 };
 
 /// `W` decodes pairs (bf16_weights_avx512.h); `D` is the dtype of units, bf16, and `S` that of scales.
@@ -24,7 +25,6 @@ template <class I, class W, DType D, DType S>
 struct TileOrder : KeptGroups<I, Avx512>, W, Bf16Units<D> {
   using Groups = KeptGroups<I, Avx512>;
   using Acc = TileSum;
-  using Environment = FlushSubnormals;
   static constexpr int kDots = W::kPairs;
   static constexpr int64_t kFoldDwords = 16 / kDots;
   using Few = RegisterTile<4, 2>;
@@ -51,7 +51,19 @@ struct TileOrder : KeptGroups<I, Avx512>, W, Bf16Units<D> {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v)
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) acc[v][r] = {Avx512::zero(), Avx512::zero(), Avx512::zero()};
+      for (int r = 0; r < R; ++r) acc[v][r] = {Avx512::zero(), Avx512::zero(), Avx512::zero(), 0};
+    acc[0][0].environment = _mm_getcsr();
+    _mm_setcsr(acc[0][0].environment | kFlushSubnormals);
+    hold(acc);
+  }
+
+  /// What comes before stays before the next change of the environment, what comes after stays after the last.
+  template <int V, int R>
+  static inline __attribute__((always_inline)) void hold(TileSum (&acc)[V][R]) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) asm volatile("" : "+v"(acc[v][r].even), "+v"(acc[v][r].odd), "+v"(acc[v][r].sum));
   }
 
   /// A tile that is not `whole` has products of zeros, too: they make +0 of -0.
@@ -75,11 +87,16 @@ struct TileOrder : KeptGroups<I, Avx512>, W, Bf16Units<D> {
   static inline __attribute__((always_inline)) void end(Vec16 (&total)[V][R], TileSum (&acc)[V][R], const PreparedX& x,
                                                         int64_t index, int64_t stride, const uint32_t* zero,
                                                         const char* scales) {
+    hold(acc);
+    _mm_setcsr(acc[0][0].environment);
     Vec16 sums[V][R];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v)
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sums[v][r] = acc[v][r].sum;
+      for (int r = 0; r < R; ++r) {
+        sums[v][r] = acc[v][r].sum;
+        asm volatile("" : "+v"(sums[v][r]));
+      }
     Groups::end(total, sums, x, index, stride, zero, scales);
   }
 
