@@ -268,15 +268,19 @@ struct TileKernel : Channels<I> {
 
   /// C tile `index` of a set.
   [[gnu::noinline]] static void add_tile(const Gemm& a, const PreparedX& x, const Sums& sums, int64_t index) {
-    constexpr int kRows = 8;
+    constexpr int64_t kRows = 8;
     const int64_t second = index / sums.tiles, tile = index % sums.tiles;
+    // A line of y belongs to two channel tiles: written one after the other, it is fetched once.
+    const int64_t tiles = sums.panel->last && sums.tiles == 2 ? 2 : 1;
+    if (tiles == 2 && tile == 1) return;
     const char* stage = sums.stage + index * kTileBytes;
     float* total = sums.totals + index * kTileFloats;
     int64_t row = sums.row + second * kTileRows, left = x.rows - row < kTileRows ? x.rows - row : kTileRows;
-    for (; left >= kRows; left -= kRows, row += kRows, stage += kRows * kTileRowBytes, total += kRows * kTileN)
-      add_rows<kRows>(a, x, sums, row, tile, stage, total);
-    if (left > 0)
-      with_shape<1, kRows - 1>(1, left, [&]<int, int N>() { add_rows<N>(a, x, sums, row, tile, stage, total); });
+    for (; left > 0; left -= kRows, row += kRows, stage += kRows * kTileRowBytes, total += kRows * kTileN)
+      for (int64_t t = 0; t < tiles; ++t)
+        with_shape<1, kRows>(1, left, [&]<int, int N>() {
+          add_rows<N>(a, x, sums, row, tile + t, stage + t * kTileBytes, total + t * kTileFloats);
+        });
   }
 
   /// Eight rows where nothing but scales and totals have a part in it, rows of no meaning too.
