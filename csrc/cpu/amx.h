@@ -2,9 +2,9 @@
 // The tile instructions of AMX under names of their own: eight tiles of up to 16 rows of 64 bytes, and what multiplies
 // them. With TM_AMX_SIMULATOR the same names are plain C++ (amx_simulator.h), which runs on every processor.
 //
-// A product adds A [rows, K] times B to C [rows, 16]. A row of A holds 16 dwords of consecutive k: pairs of bf16 or four
-// bytes. Row i of B holds the same dword i of 16 channels: the 16 lanes of a line of layout.h, decoded. Each dword of C
-// is one fp32 or int32.
+// A product adds A [rows, K] times B to C [rows, 16]. A row of A holds 16 dwords of consecutive k: pairs of bf16 or
+// four bytes. Row i of B holds dword i of 16 channels: the 16 lanes of a line of layout.h, decoded. Each dword of C is
+// one fp32 or int32.
 #pragma once
 
 #include <cstdint>
@@ -35,13 +35,14 @@ struct alignas(64) TileConfig {
 namespace turbo::cpu {
 namespace {
 
-// Not the intrinsics: GCC's take tile numbers as tokens of the preprocessor, and do not tell the compiler what they read.
+// Not the intrinsics: GCC's take tile numbers as tokens of the preprocessor, and do not tell the compiler what they
+// read.
 
 inline void tile_configure(const TileConfig& config) { asm volatile("ldtilecfg %0" ::"m"(config) : "memory"); }
 inline void tile_release() { asm volatile("tilerelease" ::: "memory"); }
 
-/// Keeps the compiler from moving accesses to memory past this place: it does not know what tile_load reads and tile_store
-/// writes. One between a write and its read is enough.
+/// Keeps the compiler from moving accesses to memory past this place: it does not know what tile_load reads and
+/// tile_store writes. One between a write and its read is enough.
 [[gnu::always_inline]] inline void tile_fence() { asm volatile("" ::: "memory"); }
 
 template <int T>

@@ -42,9 +42,13 @@ std::string ask_for_tiles(ArchPrctl ask) {
 }
 
 const std::string& tiles_refused() {
-  static const std::string refused = !has_amx() ? "" :
-      saves_tiles() ? ask_for_tiles(arch_prctl)
-                    : "this processor has AMX, but the operating system does not save its registers; AVX-512 kernels run instead";
+  static const std::string refused = [] {
+    if (!has_amx()) return std::string();
+    if (saves_tiles()) return ask_for_tiles(arch_prctl);
+    return std::string(
+        "this processor has AMX, but the operating system does not save its registers; AVX-512 kernels run "
+        "instead");
+  }();
   return refused;
 }
 

@@ -7,8 +7,8 @@
 namespace turbo::cpu {
 namespace {
 
-/// `D` is the dtype of x: bf16, or fp16, which has 11 significant bits where bf16 has 8: x = hi + lo exactly, one unit for
-/// each.
+/// `D` is the dtype of x: bf16, or fp16, which has 11 significant bits where bf16 has 8: x = hi + lo exactly, one unit
+/// for each.
 template <DType D>
 struct Bf16Units {
   static constexpr int kPlanes = D == DType::f16 ? 2 : 1;
@@ -20,12 +20,10 @@ struct Bf16Units {
       __builtin_memset(reinterpret_cast<char*>(units) + k * 2, 0, count * 4 - k * 2);
     } else {
       // hi of 16 values in the lower half, lo in the upper; interleaved by pairs of k.
-      const __m512i interleave =
-          _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+      const __m512i interleave = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
       for (int64_t i = 0; i < count; i += 16) {
         const int64_t left = k - i;
-        const Vec16 v =
-            Avx512::load_d<D>(x + i * 2, static_cast<int>(left < 0 ? 0 : left < 16 ? left : 16));
+        const Vec16 v = Avx512::load_d<D>(x + i * 2, static_cast<int>(left < 0 ? 0 : left < 16 ? left : 16));
         const __m256i hi = to_bf16(v);
         // infinity - infinity would be NaN: nothing is left of what is not finite.
         const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(v), _mm512_set1_ps(1e38f), _CMP_LT_OQ);

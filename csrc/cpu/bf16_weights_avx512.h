@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weights as exact bf16, AVX-512: each struct says how many pairs of neighbours in K a dword of weights holds (kPairs), and
-// decodes pair J of the 16 channels of a line. Internal linkage, see gemm_kernel.h.
+// Weights as exact bf16, AVX-512: each struct says how many pairs of neighbours in K a dword of weights holds (kPairs),
+// and decodes pair J of the 16 channels of a line. Internal linkage, see gemm_kernel.h.
 #pragma once
 
 #include "avx512.h"
@@ -25,9 +25,9 @@ struct Int4Pairs {
   /// belongs to the next weight, so that no mask is needed.
   static __m512i table() {
     // 0, 1, ..., 7 and -8, ..., -1 as the upper halves of their fp32 bits; a dword holds two entries.
-    const __m256i once = _mm256_setr_epi32(0x3F800000, 0x40404000, 0x40A04080, 0x40E040C0,
-                                           static_cast<int>(0xC0E0C100), static_cast<int>(0xC0A0C0C0),
-                                           static_cast<int>(0xC040C080), static_cast<int>(0xBF80C000));
+    const __m256i once =
+        _mm256_setr_epi32(0x3F800000, 0x40404000, 0x40A04080, 0x40E040C0, static_cast<int>(0xC0E0C100),
+                          static_cast<int>(0xC0A0C0C0), static_cast<int>(0xC040C080), static_cast<int>(0xBF80C000));
     return _mm512_broadcast_i64x4(once);
   }
 };
@@ -60,9 +60,9 @@ struct E2m1Pairs {
  private:
   /// bf16 of the 16 codes, twice; a dword holds two entries.
   static __m512i table() {
-    const __m256i once = _mm256_setr_epi32(0x3F000000, 0x3FC03F80, 0x40404000, 0x40C04080,
-                                           static_cast<int>(0xBF008000), static_cast<int>(0xBFC0BF80),
-                                           static_cast<int>(0xC040C000), static_cast<int>(0xC0C0C080));
+    const __m256i once =
+        _mm256_setr_epi32(0x3F000000, 0x3FC03F80, 0x40404000, 0x40C04080, static_cast<int>(0xBF008000),
+                          static_cast<int>(0xBFC0BF80), static_cast<int>(0xC040C000), static_cast<int>(0xC0C0C080));
     return _mm512_broadcast_i64x4(once);
   }
 };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where a channel tile's weights, scales and zero points lie, and what turns its totals into y: the same for every kernel.
-// Internal linkage, see gemm_kernel.h.
+// Where a channel tile's weights, scales and zero points lie, and what turns its totals into y: the same for every
+// kernel. Internal linkage, see gemm_kernel.h.
 #pragma once
 
 #include "gemm_isa.h"
@@ -41,8 +41,7 @@ struct Channels {
     const int count = static_cast<int>(left < I::kLanes ? left : I::kLanes);
     if (x.scales) total = I::mul(total, I::set1(x.scales[row]));
     if (a.channel_scale) total = I::mul(total, I::load_floats(a.channel_scale + channel));
-    if (a.bias)
-      total = I::add(total, I::bias_vec(a.y_dtype, static_cast<const char*>(a.bias) + channel * size, count));
+    if (a.bias) total = I::add(total, I::bias_vec(a.y_dtype, static_cast<const char*>(a.bias) + channel * size, count));
     const int64_t at = (row - a.y_row) * a.y_stride + (channel - a.y_channel);
     I::store_y(a.y_dtype, static_cast<char*>(a.y) + at * size, total, count);
   }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weights and activations that are e4m3 as exact bf16, AVX-512 with VBMI, through two tables of 128 bytes: the lower and the
-// upper byte of the bf16 of each size. As bf16_weights_avx512.h has it for other weights.
+// Weights and activations that are e4m3 as exact bf16, AVX-512 with VBMI, through two tables of 128 bytes: the lower
+// and the upper byte of the bf16 of each size. As bf16_weights_avx512.h has it for other weights.
 #pragma once
 
 #include "avx512.h"
@@ -44,7 +44,8 @@ struct E4m3Pairs {
   static __m512i decode(__m512i raw) {
     constexpr int kFirst = 2 * J * 0x01010101 + 0x01010000;
     const __m512i twice = _mm512_shuffle_epi8(
-        raw, _mm512_broadcast_i32x4(_mm_setr_epi32(kFirst, kFirst + 0x04040404, kFirst + 0x08080808, kFirst + 0x0C0C0C0C)));
+        raw,
+        _mm512_broadcast_i32x4(_mm_setr_epi32(kFirst, kFirst + 0x04040404, kFirst + 0x08080808, kFirst + 0x0C0C0C0C)));
     constexpr __mmask64 kEven = 0x5555555555555555ull;
     __m512i both = _mm512_mask2_permutex2var_epi8(half(kTables.low), twice, kEven, half(kTables.low + 64));
     both = _mm512_mask2_permutex2var_epi8(half(kTables.high), both, ~kEven, half(kTables.high + 64));

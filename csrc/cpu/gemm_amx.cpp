@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Weights that are integers, on AMX tiles; few rows on AVX-512, with the same bits.
 //
-// Activations kept: weights become bf16, exactly, and tdpbf16ps multiplies them; fp16 activations are two bf16. A B tile is
-// 4 lines of 4-bit weights or 8 of 8-bit ones. Per B tile of 4-bit weights: 4 loads, 12 shifts, 16 table permutes, 16 stores;
-// of 8-bit weights: 8 loads, 72 shifts, 32 conversions, 16 joins, 16 stores.
-// Activations as integers: 8-bit weights are B tiles as they lie in memory, and activations unsigned, as for VNNI. A B tile
-// of 4-bit weights is 8 lines: 8 loads, 8 shifts, 16 logic operations, 16 subtractions, 16 stores.
+// Activations kept: weights become bf16, exactly, and tdpbf16ps multiplies them; fp16 activations are two bf16. A B
+// tile is 4 lines of 4-bit weights or 8 of 8-bit ones. Per B tile of 4-bit weights: 4 loads, 12 shifts, 16 table
+// permutes, 16 stores; of 8-bit weights: 8 loads, 72 shifts, 32 conversions, 16 joins, 16 stores. Activations as
+// integers: 8-bit weights are B tiles as they lie in memory, and activations unsigned, as for VNNI. A B tile of 4-bit
+// weights is 8 lines: 8 loads, 8 shifts, 16 logic operations, 16 subtractions, 16 stores.
 #include "tile_formats.h"
 
 namespace turbo::cpu {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weights that are floats of 4 or 8 bits, on AMX tiles: they become bf16, exactly; few rows as in gemm_amx.cpp. A B tile is 4 lines of e2m1 or 8 of e4m3.
+// Weights that are floats of 4 or 8 bits, on AMX tiles: they become bf16, exactly; few rows as in gemm_amx.cpp. A B
+// tile is 4 lines of e2m1 or 8 of e4m3.
 #include <type_traits>
 
 #include "tile_formats.h"
@@ -39,8 +40,10 @@ struct FewRounded : FewFloats<FewRounded, DType::f32> {
 };
 
 template <DType S>
-using Bf16Kept = FewOnVectors<
-    Kernel<FewKept<S>>, TileKernel<std::conditional_t<S == DType::f32, Kept8<DType::bf16>, Kept4<DType::bf16, S>>>, kTilesFromBf16>;
+using Bf16Kept =
+    FewOnVectors<Kernel<FewKept<S>>,
+                 TileKernel<std::conditional_t<S == DType::f32, Kept8<DType::bf16>, Kept4<DType::bf16, S>>>,
+                 kTilesFromBf16>;
 using Rounded = FewOnVectors<Kernel<FewRounded>, TileKernel<Rounded8>, kTilesFromBf16>;
 #else
 template <DType S>

@@ -27,9 +27,7 @@ struct VnniInteger4 : IntegerGroups<VnniInteger4<S>, Avx512>, Int4Bytes {
   static int64_t zero_dwords(const Layout& l) { return l.zero_dwords(); }
 
   static void dot(__m512i& acc, __m512i weights, __m512i unit) { dot_bytes(acc, weights, unit); }
-  static Vec16 scale_vec(const char* scale, int v) {
-    return Avx512::load_d<S>(scale + v * 16 * dtype_size(S), 16);
-  }
+  static Vec16 scale_vec(const char* scale, int v) { return Avx512::load_d<S>(scale + v * 16 * dtype_size(S), 16); }
   static void prepare_row(const Gemm& a, const char* x, const RowOut& out) {
     Quantize<Avx512>::prepare<Format>(a, x, out);
   }
@@ -50,9 +48,7 @@ struct VnniInteger8 : IntegerGroups<VnniInteger8, Avx512> {
   }
   static void dot(__m512i& acc, __m512i weights, __m512i unit) { dot_bytes(acc, unit, weights); }
   static __m512i zero_vec(const uint32_t* sums, int v) { return _mm512_loadu_si512(sums + v * 16); }
-  static Vec16 scale_vec(const char* scale, int v) {
-    return Avx512::load_d<DType::f32>(scale + v * 64, 16);
-  }
+  static Vec16 scale_vec(const char* scale, int v) { return Avx512::load_d<DType::f32>(scale + v * 64, 16); }
   static void prepare_row(const Gemm& a, const char* x, const RowOut& out) {
     Quantize<Avx512>::prepare<Format>(a, x, out);
   }

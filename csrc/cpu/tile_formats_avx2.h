@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What bf16_units_avx512.h, bf16_weights_avx512.h, e4m3_weights_avx512vbmi.h and int4_bytes_avx512.h have for AMX tiles, for
-// the simulator on processors without AVX-512: AVX2 where the rest of the kernel needs it, else plain loops.
+// What bf16_units_avx512.h, bf16_weights_avx512.h, e4m3_weights_avx512vbmi.h and int4_bytes_avx512.h have for AMX
+// tiles, for the simulator on processors without AVX-512: AVX2 where the rest of the kernel needs it, else plain loops.
 #pragma once
 
 #include "avx2.h"

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // The product on AMX tiles, once for every format: `I` names the instructions (gemm.h states the arithmetic).
 //
-// A panel is kSteps B tiles of up to 64 channels. Its weights are decoded once, in tile order, into the first-level
-// cache, and used by all rows; the vector units decode the next panel while the tile unit multiplies this one. A set is what
-// fits into the tiles: two row tiles times two channel tiles, or one times four. Its sums over a group are stored, and the
-// vector units scale them and add them to the totals while the next set is multiplied. So per panel and set
+// A set is what fits into the tiles: two row tiles times two channel tiles, or, of a row tile alone, one times four. A
+// panel is kSteps B tiles for each channel tile of a set: its weights are decoded once, in tile order, into the
+// first-level cache, and used by up to kPassSets sets. While the tile unit multiplies a set, the vector units decode a
+// share of the next panel, and scale the sums of the set before and add them to its totals. So per set of two by two
 //
-//   dots     kSteps x 4 products of 16 cycles, 4 loads of 8 cycles for each step
-//   decode   a share of the next panel: one store of 64 bytes for each row of a B tile
-//   finish   of the set before: 16 rows a tile
+//   multiply   4 products of 16 cycles and 4 loads of 8 cycles for each step
+//   decode     one store of 64 bytes for each row of a B tile, shared by the sets of a pass
+//   add        64 loads of sums, 64 loads and 64 stores of totals
 //
-// run side by side, and the first is the longest from 32 rows on. A row has the same bits in every batch, since a tile sums
-// each of its rows alone, and vectors sum as tiles do (tile_order_avx512.h).
+// run side by side, and the first is the longest from 32 rows on. A row has the same bits in every batch, since a tile
+// sums each of its rows alone, and vectors sum as tiles do (tile_order_avx512.h).
 //
 // Activations in tiles: [group][step][plane][row][16 units], a group padded with zeros to whole steps.
 //
@@ -49,16 +49,14 @@ struct TileKernel : Channels<I> {
   static constexpr int64_t kSetBytes = 4 * kTileBytes;  // C tiles of a set
   static constexpr int64_t kPanelBytes = kSteps * kBlockTiles * kTileBytes;
   static constexpr int64_t kStageBytes = kSteps * kSetBytes;
-  static constexpr int64_t kPassSets = 4;      // pairs of row tiles that share a panel
-  static constexpr int64_t kPartBytes = 1 << 20;
-  /// Bytes of an A tile of a pair, whatever rows it has: those of all planes.
-  static constexpr int64_t kRowTileBytes = I::kPlanes * kTileBytes;
+  static constexpr int64_t kPassSets = 4;         // sets that share a panel: their totals fill 16 KiB
+  static constexpr int64_t kPartBytes = 1 << 20;  // of activations: half of a second-level cache
 
   static int64_t group_steps(const Layout& l) { return ceil_div(l.group_dwords(), kLines); }
   static int64_t steps(const Layout& l) { return l.groups * group_steps(l); }
   static int64_t tile_units(const Layout& l) { return steps(l) * I::kPlanes * kTileRowBytes / 4; }
 
-  /// A tile alone has the rows that there are, others 16.
+  /// See GemmIsa::interleave.
   static void pack_rows(const Gemm& a, const Unit* const* rows, int64_t count, int64_t stride, uint32_t* out) {
     constexpr int64_t kRow = kTileRowBytes / 4;
     const int64_t units = a.layout.group_dwords() * kUnits, steps = group_steps(a.layout);
@@ -108,7 +106,13 @@ struct TileKernel : Channels<I> {
   class Panels {
    public:
     Panels(const Gemm& a, const Range& tiles, int64_t width, int64_t passes, const Depth& depth)
-        : a_(a), depth_(depth), end_(tiles.end), width_(width), passes_(passes), tile_(tiles.begin), line_(depth.begin) {}
+        : a_(a),
+          depth_(depth),
+          end_(tiles.end),
+          width_(width),
+          passes_(passes),
+          tile_(tiles.begin),
+          line_(depth.begin) {}
 
     bool next(Panel& p) {
       if (tile_ >= end_) return false;
@@ -161,7 +165,7 @@ struct TileKernel : Channels<I> {
     int64_t tile_, line_, pass_ = 0;
   };
 
-  /// Decodes a panel's lines bit by bit, and fetches what comes after them. Panel memory: [piece][step][tile].
+  /// Decodes a panel's lines, some at a time, and fetches what comes after them. Panel memory: [piece][step][tile].
   struct Decoder {
     const uint32_t* weight = nullptr;
     char* to = nullptr;
@@ -170,7 +174,12 @@ struct TileKernel : Channels<I> {
 
     Decoder() = default;
     Decoder(const Panel& p, char* memory)
-        : weight(p.weight), to(memory), step(p.weight_step), left(p.pieces * p.lines), lines(p.lines), direct(p.direct()) {}
+        : weight(p.weight),
+          to(memory),
+          step(p.weight_step),
+          left(p.pieces * p.lines),
+          lines(p.lines),
+          direct(p.direct()) {}
 
     template <int T>
     [[gnu::always_inline]] inline void run(int64_t count) {
@@ -225,8 +234,8 @@ struct TileKernel : Channels<I> {
 
   /// N rows of one C tile: their groups are scaled and added to the totals, which are done after the last group.
   template <int N>
-  static void add_rows(const Gemm& a, const PreparedX& x, const Sums& sums, int64_t row, int64_t tile, const char* stage,
-                       float* totals) {
+  static void add_rows(const Gemm& a, const PreparedX& x, const Sums& sums, int64_t row, int64_t tile,
+                       const char* stage, float* totals) {
     const Panel& p = *sums.panel;
     const int64_t groups = a.layout.groups;
     const char* scale = p.scale + tile * kTileN * dtype_size(a.scale_dtype);
@@ -283,9 +292,17 @@ struct TileKernel : Channels<I> {
         });
   }
 
+  /// The scales of a panel as fp32, [piece][channel tile][lane].
+  static void load_scales(const Panel& p, int64_t size, float* out) {
+    for (int64_t piece = 0; piece < p.pieces; ++piece)
+      for (int64_t t = 0; t < p.tiles; ++t, out += kTileN)
+        for (int v = 0; v < kVecs; ++v)
+          I::store_floats(out + v * I::kLanes, I::scale_vec(p.scale + piece * p.scale_step + t * kTileN * size, v));
+  }
+
   /// Eight rows where nothing but scales and totals have a part in it, rows of no meaning too.
-  [[gnu::always_inline]] static inline void add_plain(const char* stage, float* totals, const float* scale, int64_t pieces,
-                                                      int64_t scale_step) {
+  [[gnu::always_inline]] static inline void add_plain(const char* stage, float* totals, const float* scale,
+                                                      int64_t pieces, int64_t scale_step) {
     constexpr int kRows = kTileRows / 2;
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v, stage += I::kLanes * 4, totals += I::kLanes, scale += I::kLanes) {
@@ -298,7 +315,8 @@ struct TileKernel : Channels<I> {
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           if constexpr (I::kIntegers)
-            total[r] = I::fma(I::to_float(I::load(reinterpret_cast<const uint32_t*>(from + r * kTileRowBytes))), by, total[r]);
+            total[r] =
+                I::fma(I::to_float(I::load(reinterpret_cast<const uint32_t*>(from + r * kTileRowBytes))), by, total[r]);
           else
             total[r] = I::fma(I::load_floats(reinterpret_cast<const float*>(from + r * kTileRowBytes)), by, total[r]);
         }
@@ -308,9 +326,9 @@ struct TileKernel : Channels<I> {
     }
   }
 
-  /// A C tile at the beginning of its sum: what it held goes to `before`, if that is anywhere, and it begins with what is
-  /// at `from`, or with 0. Between two products this costs next to nothing; of all C tiles in a row, it would cost the
-  /// latency of the last product and 16 cycles each.
+  /// A C tile at the beginning of its sum: what it held goes to `before`, if that is anywhere, and it begins with what
+  /// is at `from`, or with 0. Between two products this costs next to nothing; of all C tiles in a row, it would cost
+  /// the latency of the last product and 16 cycles each.
   template <int C>
   [[gnu::always_inline]] static inline void turn_over(char* before, const char* from) {
     if (before) tile_store<C>(before + C * kTileBytes, kTileRowBytes);
@@ -320,15 +338,16 @@ struct TileKernel : Channels<I> {
       tile_zero<C>();
   }
 
-  /// Two row tiles and T channel tiles, one or two: C tiles [row tile][channel tile] = tmm0 and on, A = tmm4 and tmm5, B =
-  /// tmm6 and tmm7. One step, with what the vector units do meanwhile in two halves.
+  /// Two row tiles and T channel tiles, one or two: C tiles [row tile][channel tile] = tmm0 and on, A = tmm4 and tmm5,
+  /// B = tmm6 and tmm7. One step, with what the vector units do meanwhile in two halves.
   template <int T>
   struct Pairs {
     static constexpr int kRowTiles = 2, kTiles = T;
 
     template <bool First, class Beside>
-    [[gnu::always_inline]] static inline void step(const char* a0, const char* a1, int64_t, const char* b, int64_t b_row,
-                                                   int64_t b_tile, char* before, const char* from, const Beside& beside) {
+    [[gnu::always_inline]] static inline void step(const char* a0, const char* a1, int64_t, const char* b,
+                                                   int64_t b_row, int64_t b_tile, char* before, const char* from,
+                                                   const Beside& beside) {
       if (First) turn_over<0>(before, from);
       tile_stream<4>(a0, kTileRowBytes);
       tile_load<6>(b, b_row);
@@ -359,14 +378,16 @@ struct TileKernel : Channels<I> {
     }
   };
 
-  /// The only row tile and T channel tiles: C = tmm0 to tmm3, A = tmm4 and, of the second plane, tmm5, B = tmm6 and tmm7.
+  /// The only row tile and T channel tiles: C = tmm0 to tmm3, A = tmm4 and, of the second plane, tmm5, B = tmm6 and
+  /// tmm7.
   template <int T>
   struct Single {
     static constexpr int kRowTiles = 1, kTiles = T;
 
     template <bool First, class Beside>
-    [[gnu::always_inline]] static inline void step(const char* a0, const char*, int64_t plane, const char* b, int64_t b_row,
-                                                   int64_t b_tile, char* before, const char* from, const Beside& beside) {
+    [[gnu::always_inline]] static inline void step(const char* a0, const char*, int64_t plane, const char* b,
+                                                   int64_t b_row, int64_t b_tile, char* before, const char* from,
+                                                   const Beside& beside) {
       tile_load<4>(a0, kTileRowBytes);
       if constexpr (I::kPlanes == 2) tile_load<5>(a0 + plane, kTileRowBytes);
       tile<0, First>(b, b_row, b_tile, before, from);
@@ -392,13 +413,13 @@ struct TileKernel : Channels<I> {
     if constexpr (C + 1 < Count) store_tiles<Count, C + 1>(to);
   }
 
-  /// One thread's work on a part of K of at most kRowChunk rows, of which it goes through `width` channel tiles at a time.
+  /// One thread's work on a part of K of at most kRowChunk rows.
   struct Chunk {
     const Gemm& a;
     const PreparedX& x;
     Range row_tiles;
     Depth depth;
-    char* memory;   // two panels, the stage, and the unfinished sums of a group that several panels share
+    char* memory;   // two panels, two stages, and the unfinished sums of a group that several panels share
     float* totals;  // [run of channel tiles][set] C tiles; the same for all runs where `whole`
     bool whole;     // the part is all of K
 
@@ -432,25 +453,21 @@ struct TileKernel : Channels<I> {
         const int64_t first = whole ? 0 : (p.tile - tiles.begin) / T * sets + mine.begin;
         float* total = totals + first * kSetBytes / 4;
         float* const scale = scales[i % 2];
-        if (plain)
-          for (int64_t piece = 0; piece < p.pieces; ++piece)
-            for (int t = 0; t < T; ++t)
-              for (int v = 0; v < kVecs; ++v)
-                I::store_floats(scale + (piece * T + t) * kTileN + v * I::kLanes,
-                                I::scale_vec(p.scale + piece * p.scale_step + t * kTileN * dtype_size(a.scale_dtype), v));
+        if (plain) load_scales(p, dtype_size(a.scale_dtype), scale);
         const int64_t steps = p.pieces * p.steps, lines = ceil_div(next.left, (mine.end - mine.begin) * steps);
         for (int64_t set = mine.begin; set < mine.end; ++set, total += kSetBytes / 4) {
           const char* a0 = units + set * S::kRowTiles * tile_bytes + p.first_step * step_bytes;
-          // A pair's second tile may lack: then its C tiles are of no use.
+          // Where a pair's second tile is missing, its C tiles are multiplied and not used.
           const bool second = S::kRowTiles == 2 && row_tiles.begin + set * 2 + 1 < row_tiles.end;
           const int64_t a1 = second ? tile_bytes : 0;
           const char* b = w.at;
           char* const rest = many_groups ? unfinished + (set - mine.begin) * kSetBytes : reinterpret_cast<char*>(total);
           const int64_t adds = ceil_div(sums.count, steps);
-          // The last piece's sums wait in the tiles until those of the set before are added, others do not.
+          // The sums of the last piece stay in the tiles until those of the set before are added; earlier ones are
+          // stored while these are, and need a stage of their own.
           if (p.pieces > 1) turn ^= 1;
           char* const stage = stages + turn * kStageBytes;
-          // The first half of a first step comes before the last of the C tiles before are stored.
+          // In a first step, the second row tile's C tiles are stored after the first half.
           const auto beside = [&](int64_t half, bool first_step) __attribute__((always_inline)) {
             if (half == 0) next.template run<T>(lines);
             if (half == 1 && first_step) tile_fence();
@@ -478,8 +495,16 @@ struct TileKernel : Channels<I> {
             before = p.ends ? stage + piece * kSetBytes : rest;
           }
           added = 0;
-          sums = {&p, stage, total, scale, (row_tiles.begin + set * S::kRowTiles) * kTileRows, T,
-                  !p.ends ? 0 : S::kRowTiles == 1 || second ? kCount : T, plain && p.ends && p.group > 0 && !p.last};
+          sums = {&p,
+                  stage,
+                  total,
+                  scale,
+                  (row_tiles.begin + set * S::kRowTiles) * kTileRows,
+                  T,
+                  !p.ends                       ? 0
+                  : S::kRowTiles == 1 || second ? kCount
+                                                : T,
+                  plain && p.ends && p.group > 0 && !p.last};
         }
         if (next.left) next.template run<T>(next.left);
         if (!more) break;

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sums of bf16 products on AVX-512 as tdpbf16ps has them (amx.h), for few rows beside the AMX kernels: the products of 32
-// neighbours in K, even ones and odd ones apart, by fused multiply-adds from 0 on; then both sums, and then the group's.
+// Sums of bf16 products on AVX-512 as tdpbf16ps has them (amx.h), for few rows beside the AMX kernels: the products of
+// 32 neighbours in K, even ones and odd ones apart, by fused multiply-adds from 0 on; then both sums, and then the
+// group's.
 //
-// Per 64 bytes of 4-bit weights (128 weights, 16 channels): 1 load, 3 shifts, 4 table permutes, 8 operations that part even
-// and odd weights, half an addition and, for each row, 8 multiply-adds; 8 operations on activations for each row serve 4
-// channel tiles.
+// Per 64 bytes of 4-bit weights (128 weights, 16 channels): 1 load, 3 shifts, 4 table permutes, 8 operations that part
+// even and odd weights, half an addition and, for each row, 8 multiply-adds; 8 operations on activations for each row
+// serve 4 channel tiles.
 #pragma once
 
 #include "bf16_units_avx512.h"
@@ -100,9 +101,7 @@ struct TileOrder : KeptGroups<I, Avx512>, W, Bf16Units<D> {
     Groups::end(total, sums, x, index, stride, zero, scales);
   }
 
-  static Vec16 scale_vec(const char* scale, int v) {
-    return Avx512::load_full<S>(scale + v * 16 * dtype_size(S));
-  }
+  static Vec16 scale_vec(const char* scale, int v) { return Avx512::load_full<S>(scale + v * 16 * dtype_size(S)); }
   static void prepare_row(const Gemm& a, const char* x, const RowOut& out) {
     prepare_kept<I>(a, x, out, kDots * Bf16Units<D>::kPlanes);
   }

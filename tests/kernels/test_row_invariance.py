@@ -28,9 +28,9 @@ from vllm_plugin_tm.kernels import ops
 
 pytestmark = pytest.mark.usefixtures("extension")
 
-# Both sides of every border: 1 to 9 rows of register tiles, thread shares, and once and twice the
-# 256 rows that the driver handles at a time.
-BATCHES = (2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 31, 64, 129, 255, 256, 257, 511, 513, 600)
+# Both sides of every border: 1 to 9 rows of register tiles, 16 and 32 of AMX tiles, thread shares,
+# and once and twice the 256 rows that the driver handles at a time.
+BATCHES = (2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 31, 33, 64, 129, 255, 256, 257, 511, 513, 600)
 
 
 def _grid(mode: str) -> list[dict[str, Any]]:
