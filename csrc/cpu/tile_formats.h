@@ -30,7 +30,7 @@ inline void store_line(char* p, Line line) { _mm512_store_si512(p, line); }
 #endif
 
 /// Rows from which on tiles are faster than vectors: those of 16 bits have two multiply-adds for a tile's one product.
-constexpr int64_t kTilesFromBf16 = 3, kTilesFromBytes = 9;
+constexpr int64_t kTilesFromBf16 = 2, kTilesFromBytes = 6;
 
 /// The rows of B that `W` makes of a line, 64 bytes apart.
 template <class W, int Rows, int J = 0>

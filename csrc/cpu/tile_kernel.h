@@ -101,15 +101,16 @@ struct TileKernel : Channels<I> {
     int64_t begin, end;
   };
 
-  /// The panels of some channels and a part of K, `width` channel tiles each: all of K for a pass of rows, then for
+  /// The panels of some channels and a part of K, `width` channel tiles and `most_steps` each: all of K for a pass of rows, then for
   /// the next pass, whose weights are in the second-level cache; then the next channels.
   class Panels {
    public:
-    Panels(const Gemm& a, const Range& tiles, int64_t width, int64_t passes, const Depth& depth)
+    Panels(const Gemm& a, const Range& tiles, int64_t width, int64_t most_steps, int64_t passes, const Depth& depth)
         : a_(a),
           depth_(depth),
           end_(tiles.end),
           width_(width),
+          most_steps_(most_steps),
           passes_(passes),
           tile_(tiles.begin),
           line_(depth.begin) {}
@@ -131,16 +132,16 @@ struct TileKernel : Channels<I> {
       p.zero_step = s.zero_step;
       p.first_step = group * steps + in_group / kLines;
       p.begins = in_group == 0;
-      if (steps <= kSteps) {
+      if (steps <= most_steps_) {
         const int64_t left = (depth_.end - line_) / lines;
-        p.pieces = kSteps / steps < left ? kSteps / steps : left;
+        p.pieces = most_steps_ / steps < left ? most_steps_ / steps : left;
         p.steps = steps;
         p.lines = lines;
         p.ends = true;
       } else {
         const int64_t group_end = line_ - in_group + lines, end = group_end < depth_.end ? group_end : depth_.end;
         p.pieces = 1;
-        p.lines = end - line_ < kSteps * kLines ? end - line_ : kSteps * kLines;
+        p.lines = end - line_ < most_steps_ * kLines ? end - line_ : most_steps_ * kLines;
         // A line is a row of B where it lies, but for those that fill no tile: they have a panel of their own.
         if (I::kDirect && p.lines > kLines) p.lines -= p.lines % kLines;
         p.steps = ceil_div(p.lines, kLines);
@@ -161,7 +162,7 @@ struct TileKernel : Channels<I> {
    private:
     const Gemm& a_;
     const Depth depth_;
-    const int64_t end_, width_, passes_;
+    const int64_t end_, width_, most_steps_, passes_;
     int64_t tile_, line_, pass_ = 0;
   };
 
@@ -343,6 +344,7 @@ struct TileKernel : Channels<I> {
   template <int T>
   struct Pairs {
     static constexpr int kRowTiles = 2, kTiles = T;
+    static constexpr int64_t kSteps = TileKernel::kSteps;
 
     template <bool First, class Beside>
     [[gnu::always_inline]] static inline void step(const char* a0, const char* a1, int64_t, const char* b,
@@ -383,6 +385,8 @@ struct TileKernel : Channels<I> {
   template <int T>
   struct Single {
     static constexpr int kRowTiles = 1, kTiles = T;
+    /// Few: nobody else waits for the panel, and two of them leave the first-level cache room.
+    static constexpr int64_t kSteps = 2;
 
     template <bool First, class Beside>
     [[gnu::always_inline]] static inline void step(const char* a0, const char*, int64_t plane, const char* b,
@@ -435,7 +439,7 @@ struct TileKernel : Channels<I> {
       const bool many_groups = a.layout.groups > 1, plain = !a.zero && !x.group_scales && many_groups;
       alignas(64) float scales[2][kSteps * T * kTileN];
 
-      Panels panels(a, tiles, T, passes, depth);
+      Panels panels(a, tiles, T, S::kSteps, passes, depth);
       Panel panel_of[3];
       panels.next(panel_of[0]);
       Decoder next(panel_of[0], memory);

@@ -28,8 +28,8 @@ struct TileOrder : KeptGroups<I, Avx512>, W, Bf16Units<D> {
   using Acc = TileSum;
   static constexpr int kDots = W::kPairs;
   static constexpr int64_t kFoldDwords = 16 / kDots;
-  using Few = RegisterTile<4, 2>;
-  using Many = RegisterTile<4, 2>;
+  using Few = RegisterTile<4, 1>;
+  using Many = RegisterTile<4, 1>;
 
   /// Not the intrinsics: these name the order of operands, by which one NaN of several is chosen.
   static void multiply_add(Vec16& sum, __m512i unit, __m512i weights) {
