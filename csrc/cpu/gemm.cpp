@@ -68,7 +68,8 @@ PreparedX prepare(const Gemm& args, const GemmIsa& isa, const Parallel& parallel
   uint32_t* tiles = nullptr;
   for (int pass = 0; pass < 2; ++pass) {
     rows.take(pieces, args.rows);
-    tiles = pieces.take<uint32_t>(tiled, row_tiles * rows.room(row_tiles, ceil_div(args.rows, row_tiles)) * rows.tile_units);
+    const int64_t room = rows.room(row_tiles, ceil_div(args.rows, row_tiles));
+    tiles = pieces.take<uint32_t>(tiled, row_tiles * room * rows.tile_units);
     if (pass == 0) pieces.begin();
   }
 

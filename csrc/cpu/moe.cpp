@@ -20,8 +20,8 @@ namespace {
 
 thread_local Scratch routing_scratch, result_scratch, row_scratch;
 
-/// Row tiles of a block of fp32 results. Of vectors' tiles 8 KiB, which stay in the first-level cache beside the stream of
-/// weights; of AMX's 32 KiB, as a panel of weights is decoded for each block.
+/// Row tiles of a block of fp32 results. Those of vectors are 8 KiB, so that the block stays in the first-level cache while
+/// weights stream by; those of AMX 32 KiB, since each block decodes its panels of weights anew.
 constexpr int64_t kBlockRowTiles = 4, kBlockFullTiles = 8;
 constexpr int64_t kBlockRows = kBlockFullTiles * kMostTileRows;
 

@@ -29,7 +29,7 @@ inline Line load_line(const uint32_t* p) { return _mm512_loadu_si512(p); }
 inline void store_line(char* p, Line line) { _mm512_store_si512(p, line); }
 #endif
 
-/// Rows from which on tiles are faster than vectors: those of 16 bits have two multiply-adds for a tile's one product.
+/// Rows from which on tiles are faster than vectors, by measurement (docs/benchmarks_amx.md has the processor).
 constexpr int64_t kTilesFromBf16 = 2, kTilesFromBytes = 6;
 
 /// The rows of B that `W` makes of a line, 64 bytes apart.

@@ -54,7 +54,8 @@ int64_t limit_dot(std::string kind, int64_t iterations) {
                                                         {"fma32", DotKind::fma32},
                                                         {"amx_bf16", DotKind::amx_bf16},
                                                         {"amx_int8", DotKind::amx_int8}};
-  const auto* found = std::find_if(std::begin(kKinds), std::end(kKinds), [&](const auto& one) { return kind == one.first; });
+  const auto* found =
+      std::find_if(std::begin(kKinds), std::end(kKinds), [&](const auto& one) { return kind == one.first; });
   STD_TORCH_CHECK(found != std::end(kKinds),
                   "limit_dot: argument 'kind': expected bf16, int8, fma32, amx_bf16 or amx_int8, given '", kind, "'");
   const DotKind dot = found->second;

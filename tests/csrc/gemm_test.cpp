@@ -155,7 +155,8 @@ void test_amx_permission() {
     errno = code == 0x1023 && feature == 18 ? EPERM : EINVAL;
     return -1;
   });
-  if (refused.find("arch_prctl: Operation not permitted") == std::string::npos) fail("no reason for refused tiles: " + refused);
+  if (refused.find("arch_prctl: Operation not permitted") == std::string::npos)
+    fail("no reason for refused tiles: " + refused);
 }
 
 }  // namespace
