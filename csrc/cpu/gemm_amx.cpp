@@ -34,7 +34,7 @@ template <DType S>
 struct Integer4 : ByteTiles<Integer4<S>, S>, Int4SignedBytes {
   using Format = Units4<false>;
   static constexpr int kLineRows = 2;
-  static constexpr bool kDirect = false;
+  static constexpr bool kDirect = false, kOffsets = false;
   using Groups = IntegerGroups<Integer4<S>, TileVectors>;
   static int64_t zero_dwords(const Layout& l) { return l.zero_dwords(); }
 
@@ -58,7 +58,7 @@ struct Integer4 : ByteTiles<Integer4<S>, S>, Int4SignedBytes {
 struct Integer8 : ByteTiles<Integer8, DType::f32> {
   using Format = Units8<false>;
   static constexpr int kLineRows = 1;
-  static constexpr bool kDirect = true;
+  static constexpr bool kDirect = true, kOffsets = true;
   static int64_t zero_dwords(const Layout&) { return kTileN; }
 
   static void decode_line(const uint32_t* line, char* to) { store_line(to, load_line(line)); }
@@ -86,11 +86,18 @@ using Bytes4 = TileKernel<Integer4<S>>;
 using Bytes8 = TileKernel<Integer8>;
 #endif
 
+/// Dwords of a group from which on tiles multiply a single row faster than vectors, too: of 128 weights. Every group
+/// costs a store of its C tiles.
+constexpr int64_t kTilesFromGroup = 16;
+
 }  // namespace
 
 const GemmIsa& gemm_amx(const Gemm& a) {
   if (a.activations == Activations::kept) {
-    if (a.layout.bits == 4) return a.dtype == DType::bf16 ? Bf16Kept4::kTable : TileKernel<Kept4<DType::f16>>::kTable;
+    if (a.layout.bits == 4) {
+      if (a.dtype == DType::f16) return TileKernel<Kept4<DType::f16>>::kTable;
+      return a.layout.group_dwords() < kTilesFromGroup ? Bf16Kept4::kTable : TileKernel<Kept4<DType::bf16>>::kTable;
+    }
     return a.dtype == DType::bf16 ? Bf16Kept8::kTable : TileKernel<Kept8<DType::f16>>::kTable;
   }
   if (a.layout.bits == 8) return Bytes8::kTable;

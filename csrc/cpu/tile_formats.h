@@ -43,7 +43,7 @@ template <class W, int Rows, int J = 0>
 template <class I, class W, DType D, DType S>
 struct Bf16Tiles : KeptGroups<I, TileVectors>, W, Bf16Units<D> {
   static constexpr int kLineRows = W::kPairs;
-  static constexpr bool kDirect = false, kIntegers = false;
+  static constexpr bool kDirect = false, kIntegers = false, kOffsets = false;
 
   static void decode_line(const uint32_t* line, char* to) { decode_rows<W, kLineRows>(load_line(line), to); }
   template <int C, int A, int B>

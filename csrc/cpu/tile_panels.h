@@ -24,7 +24,7 @@ struct TilePanels : Channels<I> {
   static constexpr int64_t kSteps = I::kDirect ? 8 : 4;         // of a panel
   static constexpr int64_t kTileFloats = kTileBytes / 4;
   static constexpr int64_t kSetBytes = 4 * kTileBytes;  // C tiles of a set
-  static constexpr int64_t kPanelBytes = kSteps * kBlockTiles * kTileBytes;
+  static constexpr int64_t kPanelBytes = 2 * kSteps * kTileBytes;
   static constexpr int64_t kStageBytes = kSteps * kSetBytes;
   static constexpr int64_t kPassSets = 4;         // sets that share a panel: their totals fill 16 KiB
   static constexpr int64_t kPartBytes = 1 << 20;  // of activations: half of a second-level cache
@@ -57,133 +57,100 @@ struct TilePanels : Channels<I> {
       }
   }
 
-  /// Some steps of some channels: `pieces` whole groups from `group` on, or a part of one.
-  struct Panel {
-    int64_t tile, tiles;
-    int64_t group, pieces, steps, first_step;  // steps of a piece; the first one's place in a row of x
-    int64_t lines;                             // of a piece
-    bool begins, ends, last;                   // its groups; all of K
-    const uint32_t* weight;
-    int64_t weight_step;
-    const char* scale;  // of its first group and tile
-    const uint32_t* zero;
-    int64_t scale_step, zero_step;
-    int64_t pass;  // of rows that it is for
-
-    bool direct() const { return I::kDirect && lines == steps * kLines; }
-  };
-
   /// A part of K in lines of weights: whole groups, or a part of the only one.
   struct Depth {
     int64_t begin, end;
   };
 
-  /// The panels of some channels and a part of K, `width` channel tiles and `most_steps` each: all of K for a pass of
-  /// rows, then for the next pass, whose weights are in the second-level cache; then the next channels.
-  class Panels {
-   public:
-    Panels(const Gemm& a, const Range& tiles, int64_t width, int64_t most_steps, int64_t passes, const Depth& depth)
-        : a_(a),
-          depth_(depth),
-          end_(tiles.end),
-          width_(width),
-          most_steps_(most_steps),
-          passes_(passes),
-          tile_(tiles.begin),
-          line_(depth.begin) {}
+  /// Some steps of some channel tiles: `pieces` whole groups from `group` on, or a part of one.
+  struct Panel {
+    int64_t line, lines;                       // its first line; lines of a piece
+    int64_t group, pieces, steps, first_step;  // steps of a piece; the first one's place in a row of x
+    bool begins, ends, last;                   // its groups; all of K
 
-    bool next(Panel& p) {
-      if (tile_ >= end_) return false;
-      const Layout& l = a_.layout;
-      const int64_t lines = l.group_dwords(), steps = group_steps(l), group = line_ / lines, in_group = line_ % lines;
-      const Stream s = stream(a_, tile_);
-      p.tile = tile_;
-      p.tiles = width_;
-      p.pass = pass_;
+    bool direct() const { return I::kDirect && lines == steps * kLines; }
+    /// Nothing but whole groups or, of the only group, steps, and all steps that fit.
+    bool full() const { return pieces * steps == kSteps && lines == steps * kLines; }
+  };
+
+  static int64_t most_panels(const Layout& l) { return l.groups + ceil_div(l.dwords(), kSteps * kLines) + l.groups; }
+
+  /// Cuts a part of K into panels: returns their number.
+  static int64_t cut(const Layout& l, const Depth& depth, Panel* out) {
+    const int64_t lines = l.group_dwords(), steps = group_steps(l), most = kSteps / steps;
+    int64_t count = 0;
+    for (int64_t line = depth.begin; line < depth.end; ++count) {
+      const int64_t group = line / lines, in_group = line % lines, left = (depth.end - line) / lines;
+      Panel& p = out[count];
+      p.line = line;
       p.group = group;
-      p.weight = s.weight + line_ * s.weight_step;
-      p.weight_step = s.weight_step;
-      p.scale = s.scale + group * s.scale_step;
-      p.scale_step = s.scale_step;
-      p.zero = s.zero ? s.zero + group * s.zero_step : nullptr;
-      p.zero_step = s.zero_step;
       p.first_step = group * steps + in_group / kLines;
       p.begins = in_group == 0;
-      if (steps <= most_steps_) {
-        const int64_t left = (depth_.end - line_) / lines;
-        p.pieces = most_steps_ / steps < left ? most_steps_ / steps : left;
+      if (most) {
+        p.pieces = most < left ? most : left;
         p.steps = steps;
         p.lines = lines;
         p.ends = true;
       } else {
-        const int64_t group_end = line_ - in_group + lines, end = group_end < depth_.end ? group_end : depth_.end;
+        const int64_t group_end = line - in_group + lines, end = group_end < depth.end ? group_end : depth.end;
         p.pieces = 1;
-        p.lines = end - line_ < most_steps_ * kLines ? end - line_ : most_steps_ * kLines;
+        p.lines = end - line < kSteps * kLines ? end - line : kSteps * kLines;
         // A line is a row of B where it lies, but for those that fill no tile: they have a panel of their own.
         if (I::kDirect && p.lines > kLines) p.lines -= p.lines % kLines;
         p.steps = ceil_div(p.lines, kLines);
-        p.ends = line_ + p.lines == group_end;
+        p.ends = line + p.lines == group_end;
       }
       p.last = p.ends && group + p.pieces == l.groups;
-      line_ += p.pieces * p.lines;
-      if (line_ == depth_.end) {
-        line_ = depth_.begin;
-        if (++pass_ == passes_) {
-          pass_ = 0;
-          tile_ += p.tiles;
-        }
-      }
-      return true;
+      line += p.pieces * p.lines;
     }
+    return count;
+  }
 
-   private:
-    const Gemm& a_;
-    const Depth depth_;
-    const int64_t end_, width_, most_steps_, passes_;
-    int64_t tile_, line_, pass_ = 0;
-  };
-
-  /// Decodes a panel's lines, some at a time, and fetches what comes after them. Panel memory: [piece][step][tile].
+  /// Decodes a panel's lines, some at a time, and fetches what comes after them. Panel memory: [tile][piece][step].
   struct Decoder {
     const uint32_t* weight = nullptr;
     char* to = nullptr;
-    int64_t step = 0, left = 0, lines = 0, line = 0, row = 0;
+    int64_t step = 0, left = 0;
+    int64_t lines = 0, line = 0,
+            pad = 0;  // of a piece: its lines, those that are done, the bytes that they leave empty
     bool direct = false;
 
     Decoder() = default;
-    Decoder(const Panel& p, char* memory)
-        : weight(p.weight),
+    Decoder(const Stream& s, const Panel& p, int64_t tiles, char* memory)
+        : weight(s.weight + p.line * s.weight_step),
           to(memory),
-          step(p.weight_step),
+          step(s.weight_step),
           left(p.pieces * p.lines),
           lines(p.lines),
-          direct(p.direct()) {}
+          pad(p.steps * kTileBytes - p.lines * I::kLineRows * kTileRowBytes),
+          direct(p.direct()) {
+      if (pad) clear(p, tiles);
+    }
 
-    template <int T>
+    /// `count` lines of T channel tiles. With `Whole` lines fill tiles.
+    template <int T, bool Whole>
     [[gnu::always_inline]] inline void run(int64_t count) {
       if (count > left) count = left;
       left -= count;
       for (; count > 0; --count, weight += step) {
-#pragma GCC unroll 4
+#pragma GCC unroll 2
         for (int t = 0; t < T; ++t) __builtin_prefetch(weight + kTilePrefetch + t * kTileN, 0, 2);
         if (I::kDirect && direct) continue;
-#pragma GCC unroll 4
-        for (int t = 0; t < T; ++t) I::decode_line(weight + t * kTileN, to + t * kTileBytes);
+#pragma GCC unroll 2
+        for (int t = 0; t < T; ++t) I::decode_line(weight + t * kTileN, to + t * kSteps * kTileBytes);
         to += I::kLineRows * kTileRowBytes;
-        row += I::kLineRows;
-        if (++line == lines) {
+        if (!Whole && pad && ++line == lines) {
           line = 0;
-          if (row < kTileRows) {
-            for (int t = 0; t < T; ++t) __builtin_memset(to + t * kTileBytes, 0, (kTileRows - row) * kTileRowBytes);
-            to += (kTileRows - row) * kTileRowBytes;
-            row = kTileRows;
-          }
-        }
-        if (row == kTileRows) {
-          row = 0;
-          to += (T - 1) * kTileBytes;
+          to += pad;
         }
       }
+    }
+
+   private:
+    [[gnu::noinline]] void clear(const Panel& p, int64_t tiles) const {
+      for (int64_t t = 0; t < tiles; ++t)
+        for (int64_t piece = 1; piece <= p.pieces; ++piece)
+          __builtin_memset(to + (t * kSteps + piece * p.steps) * kTileBytes - pad, 0, pad);
     }
   };
 
@@ -192,11 +159,11 @@ struct TilePanels : Channels<I> {
     const char* at;
     int64_t step, row, tile;
 
-    Weights(const Panel& p, const char* decoded)
-        : at(p.direct() ? reinterpret_cast<const char*>(p.weight) : decoded),
-          step(p.direct() ? kLines * p.weight_step * 4 : p.tiles * kTileBytes),
-          row(p.direct() ? p.weight_step * 4 : kTileRowBytes),
-          tile(p.direct() ? kTileRowBytes : kTileBytes) {}
+    Weights(const Stream& s, const Panel& p, const char* decoded)
+        : at(p.direct() ? reinterpret_cast<const char*>(s.weight + p.line * s.weight_step) : decoded),
+          step(p.direct() ? kLines * s.weight_step * 4 : kTileBytes),
+          row(p.direct() ? s.weight_step * 4 : kTileRowBytes),
+          tile(p.direct() ? kTileRowBytes : kSteps * kTileBytes) {}
   };
 };
 
