@@ -11,9 +11,9 @@
 //   decode     one store of 64 bytes for each row of a B tile, shared by the sets of a pass
 //   add        64 loads of sums, 64 loads and 64 stores of totals for each group
 //
-// run side by side. A product has 96 slots for other instructions at most, six for each cycle, and tile loads take
-// half of them: where a panel holds whole groups, which groups of 32 to 128 weights allow, all loops over steps and
-// groups have constant bounds.
+// run side by side. While one product runs, six times 16 instructions can begin, and its share of tile loads and stores
+// takes up to half of these places: where panels hold whole groups, as groups of 32, 64 or 128 4-bit weights let them,
+// or a part of the only group, all loops over steps and groups have constant bounds (docs/kernels.md has counts).
 #pragma once
 
 #include <type_traits>
