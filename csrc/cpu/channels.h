@@ -34,17 +34,32 @@ struct Channels {
             tiles * zero_dwords};
   }
 
-  static void finish(const Gemm& a, const PreparedX& x, int64_t row, int64_t channel, Vec total) {
-    const int64_t size = dtype_size(a.y_dtype);
-    const int64_t left = a.layout.n - channel;
-    if (left <= 0) return;
-    const int count = static_cast<int>(left < I::kLanes ? left : I::kLanes);
-    if (x.scales) total = I::mul(total, I::set1(x.scales[row]));
-    if (a.channel_scale) total = I::mul(total, I::load_floats(a.channel_scale + channel));
-    if (a.bias) total = I::add(total, I::bias_vec(a.y_dtype, static_cast<const char*>(a.bias) + channel * size, count));
-    const int64_t at = (row - a.y_row) * a.y_stride + (channel - a.y_channel);
-    I::store_y(a.y_dtype, static_cast<char*>(a.y) + at * size, total, count);
-  }
+  /// A vector of channels of y: what its rows share.
+  struct Output {
+    const Gemm& a;
+    const PreparedX& x;
+    const int64_t channel;
+    int count;  // channels that there are
+    Vec scale = I::zero(), bias = I::zero();
+
+    Output(const Gemm& gemm, const PreparedX& prepared, int64_t first) : a(gemm), x(prepared), channel(first) {
+      const int64_t left = a.layout.n - channel;
+      count = static_cast<int>(left < 0 ? 0 : left < I::kLanes ? left : I::kLanes);
+      if (!count) return;
+      if (a.channel_scale) scale = I::load_floats(a.channel_scale + channel);
+      if (a.bias)
+        bias = I::bias_vec(a.y_dtype, static_cast<const char*>(a.bias) + channel * dtype_size(a.y_dtype), count);
+    }
+
+    void store(int64_t row, Vec total) const {
+      if (!count) return;
+      if (x.scales) total = I::mul(total, I::set1(x.scales[row]));
+      if (a.channel_scale) total = I::mul(total, scale);
+      if (a.bias) total = I::add(total, bias);
+      const int64_t at = (row - a.y_row) * a.y_stride + (channel - a.y_channel);
+      I::store_y(a.y_dtype, static_cast<char*>(a.y) + at * dtype_size(a.y_dtype), total, count);
+    }
+  };
 };
 
 }  // namespace

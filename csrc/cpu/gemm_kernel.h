@@ -41,7 +41,8 @@ constexpr int64_t kPrefetchBytes = 8192;
 template <class I>
 struct Kernel : Channels<I> {
   using typename Channels<I>::Stream;
-  using Channels<I>::stream, Channels<I>::finish;
+  using Channels<I>::stream;
+  using Output = typename Channels<I>::Output;
   using Vec = typename I::Vec;
   using Acc = typename I::Acc;
   using Raw = typename I::Raw;
@@ -166,10 +167,11 @@ struct Kernel : Channels<I> {
     }
     // Unrolled: an index that is not a constant would keep all totals in memory, in the loop above too.
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v)
+    for (int v = 0; v < V; ++v) {
+      const Output y(a, px, tile * kTileN + v * I::kLanes);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r)
-        finish(a, px, row + r, tile * kTileN + v * I::kLanes, total[v][r]);
+      for (int r = 0; r < R; ++r) y.store(row + r, total[v][r]);
+    }
   }
 
   /// Channel tiles outside, so that a register tile's weights stay near for all its row tiles.

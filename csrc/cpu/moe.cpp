@@ -20,8 +20,8 @@ namespace {
 
 thread_local Scratch routing_scratch, result_scratch, row_scratch;
 
-/// Row tiles of a block of fp32 results. Those of vectors are 8 KiB, so that the block stays in the first-level cache while
-/// weights stream by; those of AMX 32 KiB, since each block decodes its panels of weights anew.
+/// Row tiles of a block of fp32 results. Those of vectors are 8 KiB, so that the block stays in the first-level cache
+/// while weights stream by; those of AMX 32 KiB, since each block decodes its panels of weights anew.
 constexpr int64_t kBlockRowTiles = 4, kBlockFullTiles = 8;
 constexpr int64_t kBlockRows = kBlockFullTiles * kMostTileRows;
 

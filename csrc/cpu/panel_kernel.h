@@ -87,14 +87,16 @@ struct PanelKernel {
     const bool done = p.ends && p.group + p.pieces == groups;
     float* const kept = p.ends ? t.totals : t.sums;
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v)
+    for (int v = 0; v < V; ++v) {
+      if (done) {
+        const typename K::Output y(a, x, p.tile * kTileN + v * kLanes);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        if (done)
-          K::finish(a, x, t.row + r, p.tile * kTileN + v * kLanes, total[v][r]);
-        else
-          I::store_floats(kept + (v * R + r) * kLanes, p.ends ? total[v][r] : sum[v][r]);
+        for (int r = 0; r < R; ++r) y.store(t.row + r, total[v][r]);
+      } else {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) I::store_floats(kept + (v * R + r) * kLanes, p.ends ? total[v][r] : sum[v][r]);
       }
+    }
   }
 
   /// `count` row tiles with `tiles` channel tiles from `tile`.

@@ -73,9 +73,11 @@ struct PartsKernel {
       for (int r = 0; r < R; ++r) total[v][r] = I::zero();
     I::end(total, acc, px, row, 1, s.zero, s.scale);
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v)
+    for (int v = 0; v < V; ++v) {
+      const typename K::Output y(a, px, tile * kTileN + v * I::kLanes);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) K::finish(a, px, row + r, tile * kTileN + v * I::kLanes, total[v][r]);
+      for (int r = 0; r < R; ++r) y.store(row + r, total[v][r]);
+    }
   }
 
   static void run(const Gemm& a, const PreparedX& x, const Share& share) {

@@ -14,8 +14,7 @@ namespace {
 template <class I>
 struct TileFew : TileSums<I> {
   using Base = TileSums<I>;
-  using Vec = typename I::Vec;
-  using Base::add_tile, Base::finish_tile, Base::group_steps, Base::kLines, Base::kTileFloats, Base::kVecs;
+  using Base::add_tile, Base::finish_tile, Base::group_steps, Base::kLines, Base::kTileFloats;
   using Stream = typename Base::Stream;
 
   // Of a workspace: B tiles of two steps, sums of a group, totals.
@@ -89,12 +88,6 @@ struct TileFew : TileSums<I> {
     if constexpr (C + 1 < T) multiply<T, First, C + 1>(w, before);
   }
 
-  template <int T, int C = 0>
-  static void store_tiles(char* to) {
-    tile_store<C>(to + C * kTileBytes, kTileRowBytes);
-    if constexpr (C + 1 < T) store_tiles<T, C + 1>(to);
-  }
-
   template <int N>
   [[gnu::always_inline]] static inline void add_plain_rows(const char* sums, const float* factor, const float* from,
                                                            float* totals, int64_t row) {
@@ -106,19 +99,19 @@ struct TileFew : TileSums<I> {
   template <int T>
   static void add_group(const Gemm& a, const PreparedX& x, const Stream& s, int64_t group, const char* sums,
                         float* totals) {
-    const char* scale = s.scale + group * s.scale_step;
     constexpr int64_t kRows = 8;
+    alignas(64) float scales[T * kTileN];
     const bool plain = Base::plain(a, x);
-    for (int64_t t = 0; t < T;
-         ++t, sums += kTileBytes, totals += kTileFloats, scale += kTileN * dtype_size(a.scale_dtype)) {
+    if (plain) Base::load_scales(s, group, 1, T, scales);
+    for (int64_t t = 0; t < T; ++t, sums += kTileBytes, totals += kTileFloats) {
       const float* from = group ? totals : kZeroTile;
       if (plain) {
-        alignas(64) float factor[kTileN];
-        for (int v = 0; v < kVecs; ++v) I::store_floats(factor + v * I::kLanes, I::scale_vec(scale, v));
+        const float* const factor = scales + t * kTileN;
         int64_t r = 0;
         for (; r + kRows <= x.rows; r += kRows) add_plain_rows<kRows>(sums, factor, from, totals, r);
         for (; r < x.rows; ++r) add_plain_rows<1>(sums, factor, from, totals, r);
       } else {
+        const char* scale = s.scale + group * s.scale_step + t * kTileN * dtype_size(a.scale_dtype);
         const uint32_t* zero = s.zero ? s.zero + group * s.zero_step + t * I::zero_dwords(a.layout) : nullptr;
         add_tile(a, x, {group, 1, scale, zero, 0, 0}, 0, x.rows, sums, 0, from, totals);
       }
@@ -150,7 +143,7 @@ struct TileFew : TileSums<I> {
       }
       before = sums;
     }
-    store_tiles<T>(sums);
+    Base::template store_tiles<T>(sums);
     tile_fence();
     add_group<T>(a, x, s, groups - 1, sums, totals);
     for (int64_t t = 0; t < T; ++t) finish_tile(a, x, 0, x.rows, tile + t, totals + t * kTileFloats);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the formats on AMX tiles share: the vectors beside the tiles, decoding of lines, preparation of activations. The
+// What the formats on AMX tiles share: the vectors, decoding of lines, preparation of activations. The
 // vectors are AVX-512, which every processor with AMX has; with TM_AMX_SIMULATOR on a lesser one, AVX2 and plain loops.
 #pragma once
 

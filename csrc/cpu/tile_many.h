@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The product of tile_kernel.h for more than 16 rows: the tile unit bounds it, and whatever else is done must fit
-// beside.
+// between its instructions.
 //
 // A set is what the C tiles hold, tmm0 to tmm3: two row tiles times two channel tiles. A panel is kSteps B tiles for
 // each of these channel tiles: its weights are decoded once, in tile order, into the first-level cache, and used by up
@@ -11,9 +11,9 @@
 //   decode     one store of 64 bytes for each row of a B tile, shared by the sets of a pass
 //   add        64 loads of sums, 64 loads and 64 stores of totals for each group
 //
-// run side by side. While one product runs, six times 16 instructions can begin, and its share of tile loads and stores
-// takes up to half of these places: where panels hold whole groups, as groups of 32, 64 or 128 4-bit weights let them,
-// or a part of the only group, all loops over steps and groups have constant bounds (docs/kernels.md has counts).
+// run side by side. While one product runs, six times 16 instructions can begin, its tile loads and stores among them:
+// where panels hold whole groups, as groups of 32, 64 or 128 4-bit weights let them, or a part of the only group, all
+// loops over steps and groups have constant bounds.
 #pragma once
 
 #include <type_traits>
@@ -28,9 +28,8 @@ struct TileMany : TileSums<I> {
   using Base = TileSums<I>;
   using Base::add_tile, Base::finish_tile, Base::tile_units;
   using Base::kLines, Base::kSteps, Base::kTileFloats, Base::kSetBytes, Base::kPanelBytes, Base::kStageBytes,
-      Base::kPassSets, Base::kPartBytes, Base::kVecs;
-  using typename Base::Decoder, typename Base::Depth, typename Base::Panel, typename Base::Stream,
-      typename Base::Weights;
+      Base::kPassSets, Base::kPartBytes;
+  using typename Base::Decoder, typename Base::Panel, typename Base::Stream, typename Base::Weights;
 
   template <int T>
   using Width = std::integral_constant<int, T>;
@@ -50,27 +49,27 @@ struct TileMany : TileSums<I> {
   }
 
   /// One step of two row tiles, A = tmm4 and tmm5, and T channel tiles, B = tmm6 and tmm7. C tiles [row tile][channel
-  /// tile]. `beside(0)` to `beside(3)` are what the vector units do between the products: the processor looks ahead by
+  /// tile]. `work(0)` to `work(3)` are what the vector units do between the products: the processor looks ahead by
   /// about one step, so that what takes longer than its products in one piece leaves the tile unit idle.
-  template <int T, class Beside>
+  template <int T, class Work>
   [[gnu::always_inline]] static inline void multiply(const char* a0, const char* a1, const char* b, const Weights& w,
-                                                     bool first, char* before, const char* from, const Beside& beside) {
+                                                     bool first, char* before, const char* from, const Work& work) {
     const int64_t row = I::kDirect ? w.row : kTileRowBytes, tile = I::kDirect ? w.tile : kSteps * kTileBytes;
     if (first) turn_over<0>(before, from);
     tile_stream<4>(a0, kTileRowBytes);
     tile_load<6>(b, row);
     I::template tile_dot<0, 4, 6>();
-    beside(0);
+    work(0);
     if constexpr (T == 2) {
       if (first) turn_over<1>(before, from);
       tile_load<7>(b + tile, row);
       I::template tile_dot<1, 4, 7>();
     }
-    beside(1);
+    work(1);
     if (first) turn_over<T>(before, from);
     tile_stream<5>(a1, kTileRowBytes);
     I::template tile_dot<T, 5, 6>();
-    beside(2);
+    work(2);
     if constexpr (T == 2) {
       if (first) turn_over<3>(before, from);
       I::template tile_dot<3, 5, 7>();
@@ -84,13 +83,7 @@ struct TileMany : TileSums<I> {
       if constexpr (T == 2) I::template tile_dot<3, 5, 7>();
     }
     tile_fence();
-    beside(3);
-  }
-
-  template <int Count, int C = 0>
-  static void store_tiles(char* to) {
-    tile_store<C>(to + C * kTileBytes, kTileRowBytes);
-    if constexpr (C + 1 < Count) store_tiles<Count, C + 1>(to);
+    work(3);
   }
 
   /// The sums of a set over the groups of a panel, on their way to its totals.
@@ -190,7 +183,7 @@ struct TileMany : TileSums<I> {
     template <int T, int Pieces, bool Open>
     [[gnu::noinline]] void run_panels(State& state, const Pass& pass, const Range& which, float* scales) const {
       constexpr int64_t kCount = 2 * T;
-      // Storing C tiles fills a piece's first step: all else is done beside the products of the others.
+      // Storing C tiles fills a piece's first step: all else is done between the products of the others.
       constexpr int64_t kFree = Pieces == 0 || Pieces == kSteps ? kSteps : kSteps - Pieces;
       constexpr int64_t kSlots = 4 * kFree, kHalves = 2 * kCount, kDecodes = I::kDirect ? kSlots : 4;
       constexpr int64_t kStepBytes = kTileBytes * I::kPlanes;
@@ -212,7 +205,7 @@ struct TileMany : TileSums<I> {
           next = first_of_next<T>(pass, memory_of_next);
         const Weights w(pass.stream, p, memory + turn * kPanelBytes);
         float* const scale = scales + turn * kSteps * T * kTileN;
-        if (plain && p.ends) load_scales(pass.stream, p, T, scale);
+        if (plain && p.ends) Base::load_scales(pass.stream, p.group, p.pieces, T, scale);
         const int64_t pieces = Pieces ? Pieces : p.pieces, steps = Pieces ? kSteps / Pieces : p.steps;
         const int64_t lines = ceil_div(next.left, set_count * (Pieces ? kDecodes : pieces * steps));
         const char* a_panel = units + p.first_step * kStepBytes;
@@ -237,7 +230,7 @@ struct TileMany : TileSums<I> {
             const char* const from = Open && !p.begins ? rest : nullptr;
 #pragma GCC unroll 8
             for (int64_t s = 0; s < steps; ++s, a0 += kStepBytes, b += I::kDirect ? w.step : kTileBytes) {
-              const auto beside = [&](int64_t q) __attribute__((always_inline)) {
+              const auto work = [&](int64_t q) __attribute__((always_inline)) {
                 if constexpr (Pieces > 0) {
                   if (kFree < kSteps && s == 0) return;
                   const int64_t slot = 4 * (kFree < kSteps ? piece * (steps - 1) + s - 1 : piece) + q;
@@ -251,7 +244,7 @@ struct TileMany : TileSums<I> {
                     add<T>(sums, added);
                 }
               };
-              multiply<T>(a0, a0 + a1, b, w, s == 0 && !goes_on, before, from, beside);
+              multiply<T>(a0, a0 + a1, b, w, s == 0 && !goes_on, before, from, work);
             }
             before = !Open || p.ends ? stage + piece * kSetBytes : rest;
           }
@@ -301,28 +294,20 @@ struct TileMany : TileSums<I> {
           if (full < panel_count) run_panels<T, 0, true>(state, pass, rest, scales);
         }
       }
-      store_tiles<2 * T>(state.before);
+      Base::template store_tiles<2 * T>(state.before);
       tile_fence();
       for (int64_t j = 0; j < state.sums.count; ++j) add<T>(state.sums, j);
     }
-
-    /// The scales of a panel as fp32, [piece][channel tile][lane].
-    static void load_scales(const Stream& stream, const Panel& p, int64_t tiles, float* out) {
-      const char* scale = stream.scale + p.group * stream.scale_step;
-      for (int64_t piece = 0; piece < p.pieces; ++piece, scale += stream.scale_step)
-        for (int64_t v = 0; v < tiles * kVecs; ++v, out += I::kLanes)
-          I::store_floats(out, I::scale_vec(scale, static_cast<int>(v)));
-    }
   };
 
-  /// Parts of K: their activations, of all rows that a thread goes through, stay in the second-level cache beside the
+  /// Parts of K: their activations, of all rows that a thread goes through, stay in the second-level cache with the
   /// panels.
   static int64_t parts(const Layout& l, int64_t rows) {
     const int64_t bytes = rows * tile_units(l) * 4, wanted = ceil_div(bytes, kPartBytes);
     const int64_t most = l.groups > 1 ? l.groups : ceil_div(l.dwords(), kSteps * kLines);
     return wanted < most ? wanted : most;
   }
-  static Depth depth(const Layout& l, int64_t parts, int64_t index) {
+  static Range depth(const Layout& l, int64_t parts, int64_t index) {
     if (l.groups > 1) {
       const Range groups = part(l.groups, parts, index);
       return {groups.begin * l.group_dwords(), groups.end * l.group_dwords()};
@@ -332,20 +317,20 @@ struct TileMany : TileSums<I> {
     return {panels.begin * lines, panels.end * lines < dwords ? panels.end * lines : dwords};
   }
 
+  static int64_t panels_bytes(const Layout& l) { return Base::most_panels(l) * static_cast<int64_t>(sizeof(Panel)); }
+
   static int64_t workspace(const Gemm& a, const Share& share) {
     const int64_t row_tiles = share.row_tiles.end - share.row_tiles.begin;
     const int64_t count = row_tiles < kMostRowTiles ? row_tiles : kMostRowTiles, sets = ceil_div(count, 2);
     const int64_t runs = (share.tiles.end - share.tiles.begin) / 2 + 2;
     const int64_t all = parts(a.layout, count * kTileRows) > 1 ? runs * sets : sets;
-    return 2 * kPanelBytes + 2 * kStageBytes + (kPassSets + all) * kSetBytes +
-           Base::most_panels(a.layout) * static_cast<int64_t>(sizeof(Panel));
+    return panels_bytes(a.layout) + 2 * kPanelBytes + 2 * kStageBytes + (kPassSets + all) * kSetBytes;
   }
 
   static void run(const Gemm& a, const PreparedX& x, const Share& share) {
-    char* const memory = static_cast<char*>(share.workspace);
+    Panel* const panels = static_cast<Panel*>(share.workspace);
+    char* const memory = static_cast<char*>(share.workspace) + panels_bytes(a.layout);
     float* const totals = reinterpret_cast<float*>(memory + 2 * kPanelBytes + 2 * kStageBytes + kPassSets * kSetBytes);
-    const int64_t panels_at = workspace(a, share) - Base::most_panels(a.layout) * static_cast<int64_t>(sizeof(Panel));
-    Panel* const panels = reinterpret_cast<Panel*>(memory + panels_at);
     // Pairs of channel tiles begin with an even one, as blocks do.
     const Range& tiles = share.tiles;
     const int64_t first = tiles.begin + tiles.begin % 2, last = tiles.end - tiles.end % 2;

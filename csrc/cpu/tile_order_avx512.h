@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sums of bf16 products on AVX-512 as tdpbf16ps has them (amx.h), for few rows beside the AMX kernels: the products of
-// 32 neighbours in K, even ones and odd ones apart, by fused multiply-adds from 0 on; then both sums, and then the
+// Sums of bf16 products on AVX-512 as tdpbf16ps has them (amx.h), for few rows where AMX multiplies many: the products
+// of 32 neighbours in K, even ones and odd ones apart, by fused multiply-adds from 0 on; then both sums, and then the
 // group's.
 //
 // Per 64 bytes of 4-bit weights (128 weights, 16 channels): 1 load, 3 shifts, 4 table permutes, 8 operations that part

@@ -5,7 +5,6 @@
 
 #include "amx.h"
 #include "channels.h"
-#include "shares.h"
 
 namespace turbo::cpu {
 namespace {
@@ -57,13 +56,8 @@ struct TilePanels : Channels<I> {
       }
   }
 
-  /// A part of K in lines of weights: whole groups, or a part of the only one.
-  struct Depth {
-    int64_t begin, end;
-  };
-
   /// Some steps of some channel tiles: `pieces` whole groups from `group` on, or a part of one.
-  struct Panel {
+  struct alignas(64) Panel {
     int64_t line, lines;                       // its first line; lines of a piece
     int64_t group, pieces, steps, first_step;  // steps of a piece; the first one's place in a row of x
     bool begins, ends, last;                   // its groups; all of K
@@ -75,8 +69,9 @@ struct TilePanels : Channels<I> {
 
   static int64_t most_panels(const Layout& l) { return l.groups + ceil_div(l.dwords(), kSteps * kLines) + l.groups; }
 
-  /// Cuts a part of K into panels: returns their number.
-  static int64_t cut(const Layout& l, const Depth& depth, Panel* out) {
+  /// Cuts a part of K, in lines of weights, into panels: returns their number. `depth` is whole groups, or a part of
+  /// the only one.
+  static int64_t cut(const Layout& l, const Range& depth, Panel* out) {
     const int64_t lines = l.group_dwords(), steps = group_steps(l), most = kSteps / steps;
     int64_t count = 0;
     for (int64_t line = depth.begin; line < depth.end; ++count) {
@@ -111,8 +106,8 @@ struct TilePanels : Channels<I> {
     const uint32_t* weight = nullptr;
     char* to = nullptr;
     int64_t step = 0, left = 0;
-    int64_t lines = 0, line = 0,
-            pad = 0;  // of a piece: its lines, those that are done, the bytes that they leave empty
+    int64_t lines = 0, line = 0;  // of a piece: all, and those that are done
+    int64_t pad = 0;              // bytes of B tiles that a piece leaves empty
     bool direct = false;
 
     Decoder() = default;

@@ -22,6 +22,8 @@ struct TileGroups {
 /// For `I` of tile_kernel.h.
 template <class I>
 struct TileSums : TilePanels<I> {
+  using Base = TilePanels<I>;
+  using Stream = typename Base::Stream;
   using Vec = typename I::Vec;
   using Acc = typename I::Acc;
 
@@ -106,23 +108,24 @@ struct TileSums : TilePanels<I> {
   /// `rows` rows of the totals of a channel tile become y.
   [[gnu::noinline]] static void finish_tile(const Gemm& a, const PreparedX& x, int64_t row, int64_t rows, int64_t tile,
                                             const float* totals) {
-    const int64_t size = dtype_size(a.y_dtype);
     for (int v = 0; v < kVecs; ++v, totals += I::kLanes) {
-      const int64_t channel = tile * kTileN + v * I::kLanes, left = a.layout.n - channel;
-      if (left <= 0) return;
-      const int count = static_cast<int>(left < I::kLanes ? left : I::kLanes);
-      const Vec scale = a.channel_scale ? I::load_floats(a.channel_scale + channel) : I::zero();
-      const Vec bias =
-          a.bias ? I::bias_vec(a.y_dtype, static_cast<const char*>(a.bias) + channel * size, count) : I::zero();
-      char* y = static_cast<char*>(a.y) + ((row - a.y_row) * a.y_stride + (channel - a.y_channel)) * size;
-      for (int64_t r = 0; r < rows; ++r, y += a.y_stride * size) {
-        Vec total = I::load_floats(totals + r * kTileN);
-        if (x.scales) total = I::mul(total, I::set1(x.scales[row + r]));
-        if (a.channel_scale) total = I::mul(total, scale);
-        if (a.bias) total = I::add(total, bias);
-        I::store_y(a.y_dtype, y, total, count);
-      }
+      const typename Base::Output y(a, x, tile * kTileN + v * I::kLanes);
+      for (int64_t r = 0; r < rows; ++r) y.store(row + r, I::load_floats(totals + r * kTileN));
     }
+  }
+
+  /// The scales of `count` groups as fp32, [group][channel tile][lane].
+  static void load_scales(const Stream& s, int64_t group, int64_t count, int64_t tiles, float* out) {
+    const char* scale = s.scale + group * s.scale_step;
+    for (int64_t i = 0; i < count; ++i, scale += s.scale_step)
+      for (int64_t v = 0; v < tiles * kVecs; ++v, out += I::kLanes)
+        I::store_floats(out, I::scale_vec(scale, static_cast<int>(v)));
+  }
+
+  template <int Count, int C = 0>
+  static void store_tiles(char* to) {
+    tile_store<C>(to + C * kTileBytes, kTileRowBytes);
+    if constexpr (C + 1 < Count) store_tiles<Count, C + 1>(to);
   }
 };
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the C++ tests with the sanitizers, from the flags in CMakeLists.txt, and runs them.
 
-The kernels for AMX run on the simulator, on every processor; beside the tiles they have AVX-512
-where the processor has it, else AVX2.
+The kernels for AMX run on the simulator, on every processor; their vectors are AVX-512 where the
+processor has it, else AVX2.
 """
 
 import concurrent.futures
