@@ -138,6 +138,7 @@ def _format_table(rows: list[Figures]) -> str:
     titles += [
         table.flops_unit(rows[0]),
         "of dot",
+        *(["of loads"] if table.has_loads(rows) else []),
         "of roofline",
         *(f"{name} ms" for name in others),
     ]
@@ -155,6 +156,7 @@ def _format_table(rows: list[Figures]) -> str:
             table.percent(row.bandwidth_fraction),
             f"{row.gflops:.0f}",
             table.percent(row.dot_fraction),
+            *([table.LOADS.cell(row)] if table.has_loads(rows) else []),
             table.percent(row.roofline_fraction),
         ]
         found = [times.get((row.subject, row.m, name)) for name in others]

@@ -7,6 +7,7 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <vector>
 
 #include "amx.h"
 #include "isa.h"
@@ -139,15 +140,35 @@ TM_DOT_LOOP(dot_fma32_avx512, "avx512f", __m512, kAccumulators, _mm512_setzero_p
 TM_DOT_LOOP(dot_fma32_avx2, "avx2,fma", __m256, kAccumulatorsAvx2, _mm256_setzero_ps(),
             _mm256_set1_ps(1.0F), _mm256_set1_ps(0x1p-20F), TM_FMA256, 8)
 
-/// 16 products a round, as many as a step of four C tiles has in a kernel.
-template <DotKind Kind>
+template <bool Bf16, int C, int A, int B>
+void multiply_tiles() {
+  if constexpr (Bf16)
+    tile_dot_bf16<C, A, B>();
+  else
+    tile_dot_s8s8<C, A, B>();
+}
+
+// Tiles of A are half of a second-level cache of 2 MiB, those of B a sixth of a first-level one of 48 KiB.
+constexpr int64_t kATiles = 1024, kBTiles = 8;
+
+/// 16 products a round, four for each of four C tiles. `Loads`: every four products load two tiles
+/// of A and two of B.
+template <bool Bf16, bool Loads>
 int64_t dot_tiles(int64_t iterations) {
-  constexpr bool kBf16 = Kind == DotKind::amx_bf16;
+  static_assert(kATiles % 8 == 0 && kBTiles == 8);
   // bf16 1 and 2^-20, or 3 and -2: see above.
-  alignas(64) char left[kTileBytes], right[kTileBytes];
-  for (int64_t i = 0; i < kTileBytes; ++i) {
-    left[i] = kBf16 ? (i % 2 ? 0x3F : static_cast<char>(0x80)) : 3;
-    right[i] = kBf16 ? (i % 2 ? 0x35 : static_cast<char>(0x80)) : -2;
+  struct alignas(64) Tile {
+    char bytes[kTileBytes];
+  };
+  thread_local std::vector<Tile> left, right;
+  if (left.empty()) {
+    Tile a, b;
+    for (int64_t i = 0; i < kTileBytes; ++i) {
+      a.bytes[i] = Bf16 ? (i % 2 ? 0x3F : static_cast<char>(0x80)) : 3;
+      b.bytes[i] = Bf16 ? (i % 2 ? 0x35 : static_cast<char>(0x80)) : -2;
+    }
+    left.assign(kATiles, a);
+    right.assign(kBTiles, b);
   }
   TileConfig config;
   for (int t = 0; t < 8; ++t) {
@@ -159,27 +180,28 @@ int64_t dot_tiles(int64_t iterations) {
   tile_zero<1>();
   tile_zero<2>();
   tile_zero<3>();
-  tile_load<4>(left, kTileRowBytes);
-  tile_load<5>(left, kTileRowBytes);
-  tile_load<6>(right, kTileRowBytes);
-  tile_load<7>(right, kTileRowBytes);
+  tile_load<4>(left[0].bytes, kTileRowBytes);
+  tile_load<5>(left[1].bytes, kTileRowBytes);
+  tile_load<6>(right[0].bytes, kTileRowBytes);
+  tile_load<7>(right[1].bytes, kTileRowBytes);
   for (int64_t i = 0; i < iterations; ++i) {
-    for (int step = 0; step < 4; ++step) {
-      if constexpr (kBf16) {
-        tile_dot_bf16<0, 4, 6>();
-        tile_dot_bf16<1, 4, 7>();
-        tile_dot_bf16<2, 5, 6>();
-        tile_dot_bf16<3, 5, 7>();
-      } else {
-        tile_dot_s8s8<0, 4, 6>();
-        tile_dot_s8s8<1, 4, 7>();
-        tile_dot_s8s8<2, 5, 6>();
-        tile_dot_s8s8<3, 5, 7>();
+    for (int64_t step = 0; step < 4; ++step) {
+      if constexpr (Loads) {
+        const Tile* const a = &left[static_cast<size_t>((i * 8 + step * 2) % kATiles)];
+        const Tile* const b = &right[static_cast<size_t>(step * 2)];
+        tile_load<4>(a[0].bytes, kTileRowBytes);
+        tile_load<5>(a[1].bytes, kTileRowBytes);
+        tile_load<6>(b[0].bytes, kTileRowBytes);
+        tile_load<7>(b[1].bytes, kTileRowBytes);
       }
+      multiply_tiles<Bf16, 0, 4, 6>();
+      multiply_tiles<Bf16, 1, 4, 7>();
+      multiply_tiles<Bf16, 2, 5, 6>();
+      multiply_tiles<Bf16, 3, 5, 7>();
     }
   }
   tile_release();
-  return iterations * 16 * kTileRows * 16 * (kBf16 ? 32 : 64);
+  return iterations * 16 * kTileRows * 16 * (Bf16 ? 32 : 64);
 }
 
 }  // namespace
@@ -203,8 +225,10 @@ int64_t dot_loop(DotKind kind, int64_t iterations) {
       const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
       return fma ? dot_fma32_avx2(iterations) : 0;
     }
-    case DotKind::amx_bf16: return isa_supported(Isa::amx) ? dot_tiles<DotKind::amx_bf16>(iterations) : 0;
-    case DotKind::amx_int8: return isa_supported(Isa::amx) ? dot_tiles<DotKind::amx_int8>(iterations) : 0;
+    case DotKind::amx_bf16: return isa_supported(Isa::amx) ? dot_tiles<true, false>(iterations) : 0;
+    case DotKind::amx_int8: return isa_supported(Isa::amx) ? dot_tiles<false, false>(iterations) : 0;
+    case DotKind::amx_bf16_l2: return isa_supported(Isa::amx) ? dot_tiles<true, true>(iterations) : 0;
+    case DotKind::amx_int8_l2: return isa_supported(Isa::amx) ? dot_tiles<false, true>(iterations) : 0;
   }
   return 0;
 }

@@ -15,6 +15,8 @@ enum class DotKind : int {
   fma32,  ///< vfmadd: one fp32 product added to each lane (AVX-512, else AVX2+FMA)
   amx_bf16,  ///< tdpbf16ps: 32 bf16 products added to each of 16 x 16 fp32
   amx_int8,  ///< tdpbssd: 64 s8*s8 products added to each of 16 x 16 int32
+  amx_bf16_l2,  ///< the same with the tile loads of a GEMM of 2 x 2 C tiles: A tiles come from the
+  amx_int8_l2,  ///< second-level cache, B tiles from the first
 };
 
 /// Reads `bytes` bytes from `p` (any alignment) once, front to back.
@@ -22,7 +24,7 @@ enum class DotKind : int {
 /// padded: the same whatever the instruction set, and additive over cuts at multiples of 8 bytes.
 uint64_t read_lines(const void* p, size_t bytes);
 
-/// Runs `iterations` rounds of independent multiply-adds on registers or tiles; touches no memory.
+/// Runs `iterations` rounds of independent multiply-adds; only the kinds with `_l2` touch memory.
 /// Returns the scalar multiply-adds done, 0 when this processor lacks the instruction.
 int64_t dot_loop(DotKind kind, int64_t iterations);
 

@@ -53,11 +53,15 @@ int64_t limit_dot(std::string kind, int64_t iterations) {
                                                         {"int8", DotKind::int8},
                                                         {"fma32", DotKind::fma32},
                                                         {"amx_bf16", DotKind::amx_bf16},
-                                                        {"amx_int8", DotKind::amx_int8}};
+                                                        {"amx_int8", DotKind::amx_int8},
+                                                        {"amx_bf16_l2", DotKind::amx_bf16_l2},
+                                                        {"amx_int8_l2", DotKind::amx_int8_l2}};
   const auto* found =
       std::find_if(std::begin(kKinds), std::end(kKinds), [&](const auto& one) { return kind == one.first; });
   STD_TORCH_CHECK(found != std::end(kKinds),
-                  "limit_dot: argument 'kind': expected bf16, int8, fma32, amx_bf16 or amx_int8, given '", kind, "'");
+                  "limit_dot: argument 'kind': expected bf16, int8, fma32, amx_bf16, amx_int8, amx_bf16_l2 or "
+                  "amx_int8_l2, given '",
+                  kind, "'");
   const DotKind dot = found->second;
   STD_TORCH_CHECK(iterations >= 0, "limit_dot: argument 'iterations': expected 0 or more, given ",
                   iterations);

@@ -40,7 +40,7 @@ def test_each_kernel_has_the_limit_of_what_it_may_use(monkeypatch, hidden, peers
         read=lambda: None,
         read_bytes=1,
         dot=lambda kind: lambda: None,
-        dot_flops={"amx_bf16": 8, "fma32": 1}.get,
+        dot_flops={"amx_bf16": 8, "amx_bf16_l2": 4, "fma32": 1}.get,
     )
     rates = {"amx_bf16": 8.0, "bf16": 0.0, "fma32": 1.0}
     run = rounds.Run(_plan(), 2**16, loops, rates)
@@ -48,6 +48,7 @@ def test_each_kernel_has_the_limit_of_what_it_may_use(monkeypatch, hidden, peers
     timed = run.time(Format(), kernels, [lambda: None] * 3)
     assert [found.dot_kind for _, found in timed] == ["amx_bf16", "fma32", peers_kind]
     assert len({found.read_gbps for _, found in timed}) == 1
+    assert [found.loads_gflops is not None for _, found in timed] == [True, False, not hidden]
 
 
 def _plan(**changes):

@@ -10,7 +10,15 @@ import pytest
 import torch
 from bench_formats import SMALL_CACHE, needs_extension, small_group, symmetries
 
-from vllm_plugin_tm.bench import guard, moe_cases, moe_peers, moe_runner, moe_weights, options
+from vllm_plugin_tm.bench import (
+    guard,
+    moe_cases,
+    moe_peers,
+    moe_runner,
+    moe_upstream,
+    moe_weights,
+    options,
+)
 from vllm_plugin_tm.bench.cases import DTYPES, Format
 from vllm_plugin_tm.bench.moe_cases import LAYERS, Layer, MoeCase
 from vllm_plugin_tm.bench.peers import Rounding, UnavailableError, our_rounding
@@ -20,6 +28,7 @@ from vllm_plugin_tm.kernels import ops
 from vllm_plugin_tm.quantization.support_matrix import CHANNEL
 
 SMALL = Layer("small", 6, 64, 96, 2)
+AMX_SIZED = Layer("tiles", 4, 256, 128, 2)
 
 
 def _format(scheme, symmetric=True, dtype="bf16"):
@@ -206,7 +215,7 @@ def test_upstream_in_bf16_is_right(scheme):
     pytest.importorskip("vllm")
     weights = moe_weights.random_experts(SMALL, _format(scheme))
     try:
-        peer = moe_peers.upstream_bf16(weights, SMALL_CACHE)
+        peer = moe_upstream.upstream_bf16(weights, SMALL_CACHE)
     except UnavailableError as reason:
         pytest.skip(str(reason))
     assert _checked(peer, 20) >= 0.0
@@ -224,13 +233,62 @@ def test_upstream_in_bf16_is_right(scheme):
 def test_upstream_in_bf16_says_what_it_does_not_take(layer, form, message):
     pytest.importorskip("vllm")
     with pytest.raises(UnavailableError, match=message):
-        moe_peers.upstream_bf16(moe_weights.random_experts(layer, form), SMALL_CACHE)
+        moe_upstream.upstream_bf16(moe_weights.random_experts(layer, form), SMALL_CACHE)
 
 
 def test_a_missing_vllm_is_a_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(UnavailableError, match="upstream-bf16: upstream's op cannot be imported"):
-        moe_peers.upstream_bf16(moe_weights.random_experts(SMALL, Format(32)), SMALL_CACHE)
+        moe_upstream.upstream_bf16(moe_weights.random_experts(SMALL, Format(32)), SMALL_CACHE)
+
+
+@pytest.fixture
+def vllms_amx(monkeypatch):
+    """vLLM's experts for AMX, which the tests hide from it."""
+    pytest.importorskip("vllm")
+    if "amx" not in ops.cpu_isas():
+        pytest.skip("no AMX")
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+
+    for kind in (cpu_moe.CPUExpertsInt4, cpu_moe.CPUExpertsInt8):
+        monkeypatch.setattr(kind, "_supports_current_device", staticmethod(lambda: True))
+
+
+@pytest.mark.usefixtures("vllms_amx")
+@pytest.mark.parametrize("scheme", moe_upstream.SCHEMES)
+def test_upstream_on_amx_is_as_near_as_its_rounding_lets_it(scheme):
+    weights = moe_weights.random_experts(AMX_SIZED, _format(scheme))
+    peer = moe_upstream.upstream(weights, SMALL_CACHE)
+    token = moe_weights.checked_token(AMX_SIZED, "bf16")
+    expected = moe_peers.expected(weights, token, peer.rounding)
+    assert peer.rounding is Rounding.OWN
+    assert 1e-3 < expected.noise < 0.05
+    for tokens in (1, 20):
+        calls = moe_weights.calls_of(MoeCase(AMX_SIZED, tokens, weights.format), token)
+        assert moe_peers.check(peer, calls, expected) > 0.0
+        halved = dataclasses.replace(expected, result=expected.result / 2)
+        with pytest.raises(guard.WrongResultError, match="upstream computes a wrong result"):
+            moe_peers.check(peer, calls, halved)
+
+
+@pytest.mark.usefixtures("vllms_amx")
+@pytest.mark.parametrize(
+    ("layer", "form", "message"),
+    [
+        (SMALL, _format("w4a8"), "upstream: experts of W4A8: vLLM has no such kernel"),
+        (SMALL, _format("w8a8", dtype="f16"), "measured with activations in bf16 only"),
+        (Layer("odd", 4, 64, 72, 2), Format(8), "odd: expected sizes that are multiples of 32"),
+    ],
+)
+def test_upstream_says_what_it_does_not_take(layer, form, message):
+    with pytest.raises(UnavailableError, match=message):
+        moe_upstream.upstream(moe_weights.random_experts(layer, form), SMALL_CACHE)
+
+
+def test_upstream_without_amx_is_a_reason():
+    pytest.importorskip("vllm")
+    with pytest.raises(UnavailableError, match="experts of W8A8: vLLM's kernel needs AMX"):
+        moe_upstream.upstream(moe_weights.random_experts(SMALL, _format("w8a8")), SMALL_CACHE)
 
 
 @pytest.mark.parametrize("scheme", ["w4a8", "fp8-w8a8", "fp8-block"])
@@ -238,8 +296,8 @@ def test_rounded_activations_are_compared_with_their_own_oracle(scheme):
     weights = moe_weights.random_experts(SMALL, _format(scheme))
     token = moe_weights.checked_token(SMALL, "bf16")
     roundings = our_rounding(weights.format), Rounding.NONE
-    rounded, kept = (moe_peers.expected(weights, token, rounding) for rounding in roundings)
-    assert 1e-3 < (rounded - kept).norm() / kept.norm() < 0.05
+    rounded, exact = (moe_peers.expected(weights, token, r).result for r in roundings)
+    assert 1e-3 < (rounded - exact).norm() / exact.norm() < 0.05
 
 
 def _plan(**changes):
@@ -286,7 +344,7 @@ def test_a_wrong_or_missing_peer_is_listed(monkeypatch):
         peer = make(weights, ops.get_isa(), llc_bytes)
         return dataclasses.replace(peer, name="upstream-bf16", isa="", applies=applies)
 
-    monkeypatch.setattr(moe_peers, "upstream_bf16", wrong)
+    monkeypatch.setattr(moe_upstream, "upstream_bf16", wrong)
     report = moe_runner.run(_plan())
     assert {row.kernel for row in report.moe} == {"tm"}
     assert report.skipped.count("made-up reason") == 1
@@ -332,7 +390,10 @@ def test_the_command_prints_tables_and_writes_files(tmp_path, capsys, monkeypatc
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--kernels", "torch"], "--kernels: of routed experts there are tm, upstream-bf16"),
+        (
+            ["--kernels", "torch"],
+            "--kernels: of routed experts there are tm, upstream, upstream-bf16",
+        ),
         (["--group-size", "128"], "layer 6x64x96x2 with group size 128"),
         (["--scheme", "w8a8", "--group-size", "channel", "--asymmetric"], "scheme w8a8 of routed"),
     ],

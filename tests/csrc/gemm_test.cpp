@@ -141,7 +141,8 @@ void test_machine_limits() {
         fail("read_lines of " + std::to_string(bytes) + " bytes");
     }
   }
-  for (const DotKind kind : {DotKind::bf16, DotKind::int8, DotKind::fma32, DotKind::amx_bf16, DotKind::amx_int8}) {
+  for (const DotKind kind : {DotKind::bf16, DotKind::int8, DotKind::fma32, DotKind::amx_bf16, DotKind::amx_int8,
+                             DotKind::amx_bf16_l2, DotKind::amx_int8_l2}) {
     ++checks;
     if (dot_loop(kind, 20) != 2 * dot_loop(kind, 10)) fail("dot_loop does not scale");
   }

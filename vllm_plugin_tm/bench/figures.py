@@ -11,11 +11,13 @@ from vllm_plugin_tm.bench.cases import Format
 @dataclass(frozen=True)
 class RowLimits:
     """The limits in the rounds of one case: GB/s (1e9 bytes), GFLOP/s (int8: GOP/s), and whose peak
-    that is."""
+    that is. `loads_gflops`: the rate of the same product with its operands loaded from the caches,
+    measured for tiles of AMX only."""
 
     read_gbps: float
     dot_gflops: float
     dot_kind: str
+    loads_gflops: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,12 @@ class Figures:
     @property
     def dot_fraction(self) -> float:
         return self.gflops / self.limits.dot_gflops
+
+    @property
+    def loads_fraction(self) -> float | None:
+        """Of the products with their loads."""
+        loads = self.limits.loads_gflops
+        return None if loads is None else self.gflops / loads
 
     @property
     def roofline_fraction(self) -> float:

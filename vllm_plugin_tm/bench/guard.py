@@ -30,7 +30,7 @@ BOUND = {
 # costs. Its steps are at most max|x| / 127 of a row, an error of step / sqrt(12) on average; a
 # quarter more leaves room for few rows and few channels, and codes of 7 bits are above it.
 _LARGEST_CODE = 127
-_ROUNDING_ROOM = 1.25
+ROUNDING_ROOM = 1.25
 
 
 class WrongResultError(RuntimeError):
@@ -103,4 +103,4 @@ def _bound(x: Tensor, rounding: Rounding) -> float:
     steps = values.abs().amax(1) / _LARGEST_CODE
     noise = float((x.shape[1] / 12) ** 0.5 * steps.norm() / values.norm())
     # The two errors have nothing to do with each other: their squares add up.
-    return math.hypot(bound, _ROUNDING_ROOM * noise)
+    return math.hypot(bound, ROUNDING_ROOM * noise)

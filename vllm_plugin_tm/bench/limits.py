@@ -14,11 +14,12 @@ from vllm_plugin_tm.bench.cases import Format
 if TYPE_CHECKING:
     import torch
 
-LOOPS = ("bf16", "int8", "fma32", "amx_bf16", "amx_int8")
-"""The loops that the extension has."""
-DOT_KINDS = (*LOOPS, "amx_f16")
+LOOPS = ("bf16", "int8", "fma32", "amx_bf16", "amx_int8", "amx_bf16_l2", "amx_int8_l2")
+"""The loops that the extension has. Those with `l2` load their tiles as a GEMM does whose
+activations lie in the second-level cache: no kernel is judged by them, they say what is left."""
+DOT_KINDS = (*LOOPS, "amx_f16", "amx_f16_l2")
 # Tiles multiply no fp16: split exactly into two bf16 parts it needs two of their products.
-_TWICE = {"amx_f16": "amx_bf16"}
+_TWICE = {"amx_f16": "amx_bf16", "amx_f16_l2": "amx_bf16_l2"}
 # The instructions for a product, by what it multiplies: the first that there is bounds it; of bf16
 # the faster one, since products of fp32 are as good, and some processors' bf16 dot is slower. fp16
 # has no dot of its own on x86 without AVX512-FP16; split exactly into bf16 pairs it needs two bf16
@@ -69,6 +70,12 @@ def dot_kind(form: Format, rates: Mapping[str, float], tiles: bool = False) -> s
     raise ValueError(
         f"this processor has none of the instructions {_DOT_OF[operands]} for {operands}"
     )
+
+
+def with_loads(kind: str) -> str | None:
+    """The kind that is the same product with its operands' loads; None where there is none."""
+    loads = f"{kind}_l2"
+    return loads if loads in DOT_KINDS else None
 
 
 def drift(before: Limits, after: Limits) -> dict[str, float]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is measured on routed experts: our op, and upstream vLLM's for experts in bf16, both from the
-same random checkpoint tensors and prepared as they are in service; and the gate before the clock.
+"""Who is measured on routed experts: our op here, vLLM's in moe_upstream.py, all from the same
+random checkpoint tensors and prepared as they are in service; and the gate before the clock.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 
 from vllm_plugin_tm.bench import guard
-from vllm_plugin_tm.bench.cases import OURS, UPSTREAM_BF16, Format
+from vllm_plugin_tm.bench.cases import OURS, Format
 from vllm_plugin_tm.bench.moe_weights import MoeWeights, Routed
-from vllm_plugin_tm.bench.peers import Kernel, Rounding, UnavailableError, our_rounding, pack
+from vllm_plugin_tm.bench.peers import Kernel, Rounding, our_rounding, pack
 from vllm_plugin_tm.bench.timing import Step
 from vllm_plugin_tm.bench.weights import Weights, repeated, tensor_bytes
 from vllm_plugin_tm.kernels import ops, reference_moe
@@ -118,73 +119,42 @@ def _op_name(form: Format) -> str:
     return form.facts.floats.op if form.facts.floats else form.scheme
 
 
-def upstream_bf16(weights: MoeWeights, llc_bytes: int) -> MoePeer:
-    """Upstream's op for experts that are not quantized, on the dequantized weights in bf16: what
-    runs on every processor upstream, and so what a user without the plugin would run.
+@dataclass(frozen=True)
+class Expected:
+    """The float64 result [1, H] that a kernel's should be near. Where a kernel rounds activations
+    to 8-bit integers in its own way, `noise` is the relative distance, in norm, of the result with
+    such activations."""
 
-    Raises:
-        UnavailableError: vLLM or its op is missing, or does not take this layer.
-    """
-    name, form = UPSTREAM_BF16, weights.format
-    if form.dtype != "bf16":
-        raise UnavailableError(f"{name}: experts in bf16, so activations in bf16 only")
-    try:
-        from vllm import _custom_ops
-        from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-        from vllm.model_executor.layers.fused_moe.experts import cpu_moe
-    except ImportError as error:
-        raise UnavailableError(f"{name}: upstream's op cannot be imported: {error}") from error
-    if not hasattr(torch.ops._C, "cpu_fused_moe"):
-        raise UnavailableError(f"{name}: vLLM's library for this processor has no cpu_fused_moe")
-    kind: Any = cpu_moe.CPUUnquantizedExperts
-    if cpu_moe.X86CPUUnquantizedExperts._supports_current_device():
-        kind = cpu_moe.X86CPUUnquantizedExperts
-    layer = weights.layer
-    if layer.hidden % kind.output_alignment or layer.intermediate % kind.output_alignment:
-        raise UnavailableError(
-            f"{name}: {layer.model}: expected sizes that are multiples of {kind.output_alignment}, "
-            f"given {layer.hidden} and {layer.intermediate}"
+    result: Tensor
+    noise: float = 0.0
+
+
+def expected(weights: MoeWeights, checked: Routed, rounding: Rounding) -> Expected:
+    """What a kernel of this rounding is compared with."""
+    form = weights.format
+    floats, bits = form.facts.floats, form.facts.weight_bits
+
+    def result(scheme: str, x_rounding: str = "none") -> Tensor:
+        return reference_moe.moe(
+            scheme,
+            checked.x,
+            checked.topk_weights,
+            checked.topk_ids,
+            weights.as_reference(weights.w13),
+            weights.as_reference(weights.w2),
+            _ACTIVATION,
+            x_rounding=x_rounding,
         )
 
-    def prepared(product: Weights) -> Tensor:
-        experts = product.dequantized().view(layer.experts, -1, product.k)
-        return _custom_ops.cpu_prepack_moe_weight(experts, kind.isa)
-
-    def apply(w13: Tensor, w2: Tensor) -> Apply:
-        def fused(call: Routed) -> Tensor:
-            y = torch.empty_like(call.x)
-            routing = (call.topk_weights, call.topk_ids)
-            silu = MoEActivation.SILU.value
-            _custom_ops.cpu_fused_moe(y, call.x, w13, w2, None, None, *routing, silu, kind.isa)
-            return y
-
-        return fused
-
-    first = prepared(weights.w13), prepared(weights.w2)
-    size = sum(tensor_bytes(t) for t in first)
-    copies = [first, *repeated(lambda: (first[0].clone(), first[1].clone()), size, llc_bytes)]
-    applies = tuple(apply(*copy) for copy in copies)
-    return MoePeer(name, "", weights, size / layer.experts, applies, rounds_between=True)
+    if rounding is Rounding.CHECKPOINT:
+        return Expected(result(_op_name(form), floats.x_rounding if floats else "none"))
+    exact = result(_op_name(form) if floats else f"w{bits}a16")
+    if rounding is Rounding.NONE:
+        return Expected(exact)
+    return Expected(exact, float((result(f"w{bits}a8") - exact).norm() / exact.norm()))
 
 
-def expected(weights: MoeWeights, checked: Routed, rounding: Rounding) -> Tensor:
-    """The float64 result [1, H] that a kernel's should be near."""
-    form = weights.format
-    floats, rounds = form.facts.floats, rounding is Rounding.CHECKPOINT
-    name = _op_name(form) if floats or rounds else f"w{form.facts.weight_bits}a16"
-    return reference_moe.moe(
-        name,
-        checked.x,
-        checked.topk_weights,
-        checked.topk_ids,
-        weights.as_reference(weights.w13),
-        weights.as_reference(weights.w2),
-        _ACTIVATION,
-        x_rounding=floats.x_rounding if floats and rounds else "none",
-    )
-
-
-def check(peer: MoePeer, calls: tuple[Routed, ...], wanted: Tensor) -> float:
+def check(peer: MoePeer, calls: tuple[Routed, ...], wanted: Expected) -> float:
     """Compares the checked token of the first call, in its first and last row, with `wanted`: with
     the first weight copy, of few tokens the last too.
 
@@ -196,12 +166,13 @@ def check(peer: MoePeer, calls: tuple[Routed, ...], wanted: Tensor) -> float:
     """
     call, layer = calls[0], peer.weights.layer
     bound = guard.BOUND[call.x.dtype] * (_BETWEEN if peer.rounds_between else 1)
+    bound = math.hypot(bound, guard.ROUNDING_ROOM * wanted.noise)
     what = f"{layer.model}, T={len(call.x)}, {peer.weights.format.name}"
     last = peer.applies[-1:] if len(call.x) <= guard.SMALL_BATCH else ()
     peer.select()
     worst = 0.0
     for apply in (peer.applies[0], *last):
         got = apply(call)[[0, -1]].double()
-        error = guard.compare(peer.label, what, got, wanted.expand_as(got), bound)
+        error = guard.compare(peer.label, what, got, wanted.result.expand_as(got), bound)
         worst = max(worst, error)
     return worst

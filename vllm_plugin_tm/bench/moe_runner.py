@@ -7,11 +7,9 @@ from functools import partial
 from itertools import groupby
 from statistics import mean
 
-import torch
-
 from vllm_plugin_tm import heap
-from vllm_plugin_tm.bench import moe_peers, results, rounds
-from vllm_plugin_tm.bench.cases import OURS, UPSTREAM_BF16
+from vllm_plugin_tm.bench import moe_peers, moe_upstream, results, rounds
+from vllm_plugin_tm.bench.cases import OURS, UPSTREAM, UPSTREAM_BF16
 from vllm_plugin_tm.bench.moe_cases import MoeCase
 from vllm_plugin_tm.bench.moe_weights import (
     MoeWeights,
@@ -22,10 +20,10 @@ from vllm_plugin_tm.bench.moe_weights import (
 )
 from vllm_plugin_tm.bench.peers import Rounding, our_rounding
 
-KERNELS = (OURS, UPSTREAM_BF16)
+KERNELS = (OURS, UPSTREAM, UPSTREAM_BF16)
 """Those that exist for routed experts."""
 
-_Expected = dict[Rounding, torch.Tensor]
+_Expected = dict[Rounding, moe_peers.Expected]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +64,10 @@ def _measure_layer(
     weights = random_experts(layer, form)
     checked = checked_token(layer, form.dtype)
     # Before the kernels have their copies: the oracle takes gigabytes for a large expert.
-    wanted = {
-        rounding: moe_peers.expected(weights, checked, rounding)
-        for rounding in {our_rounding(form), Rounding.NONE}
-    }
+    roundings = {our_rounding(form), Rounding.NONE}
+    if UPSTREAM in plan.kernels and form.scheme in moe_upstream.SCHEMES:
+        roundings.add(Rounding.OWN)
+    wanted = {rounding: moe_peers.expected(weights, checked, rounding) for rounding in roundings}
     everyone = list(run.available(_makers(plan, weights, run.llc_bytes)))
     # Four tokens for each expert at random: one in fifty stays without.
     many = replace(cases[0], m=4 * layer.experts // layer.top_k)
@@ -85,8 +83,10 @@ def _makers(plan: Plan, weights: MoeWeights, llc: int) -> Iterator[Callable[[], 
         # One layout and so one set of copies for all instruction sets: a set is gigabytes.
         first = moe_peers.ours(weights, plan.isas[0], llc)
         yield from (partial(replace, first, isa=isa) for isa in plan.isas)
+    if UPSTREAM in plan.kernels:
+        yield partial(moe_upstream.upstream, weights, llc)
     if UPSTREAM_BF16 in plan.kernels:
-        yield partial(moe_peers.upstream_bf16, weights, llc)
+        yield partial(moe_upstream.upstream_bf16, weights, llc)
 
 
 def _measure(

@@ -15,7 +15,14 @@ from vllm_plugin_tm.bench.timing import Samples, ratio
 SCHEMA = 2
 
 
-_DERIVED = ("gbps", "gflops", "bandwidth_fraction", "dot_fraction", "roofline_fraction")
+_DERIVED = (
+    "gbps",
+    "gflops",
+    "bandwidth_fraction",
+    "dot_fraction",
+    "loads_fraction",
+    "roofline_fraction",
+)
 
 
 @dataclass(frozen=True)

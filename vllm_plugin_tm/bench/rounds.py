@@ -11,7 +11,7 @@ import torch
 
 from vllm_plugin_tm.bench import amx, figures, guard, machine, peers, results, timing
 from vllm_plugin_tm.bench.cases import Format
-from vllm_plugin_tm.bench.limits import LimitLoops, dot_kind
+from vllm_plugin_tm.bench.limits import LimitLoops, dot_kind, with_loads
 from vllm_plugin_tm.kernels import ops
 
 _READ, _DOT = "limit: read", "limit: {}"
@@ -83,22 +83,24 @@ class Run:
         }
         turns = dict(zip(able, steps, strict=True))
         turns |= {_READ: self.loops.read}
-        turns |= {_DOT.format(kind): self.loops.dot(kind) for kind in kinds.values()}
+        dots = {*kinds.values(), *filter(None, map(with_loads, kinds.values()))}
+        turns |= {_DOT.format(kind): self.loops.dot(kind) for kind in dots}
 
         def before(label: str) -> None:
             if label in able:
                 able[label].select()
 
         samples = timing.time_in_turns(turns, self.plan.effort, before)
-        limits = {
-            kind: figures.RowLimits(
-                read_gbps=self.loops.read_bytes / samples[_READ].median / 1e9,
-                dot_gflops=self.loops.dot_flops(kind) / samples[_DOT.format(kind)].median / 1e9,
-                dot_kind=kind,
-            )
-            for kind in kinds.values()
-        }
-        return [(samples[label], limits[kind]) for label, kind in kinds.items()]
+
+        def rate(kind: str) -> float:
+            return self.loops.dot_flops(kind) / samples[_DOT.format(kind)].median / 1e9
+
+        def limits_of(kind: str) -> figures.RowLimits:
+            read = self.loops.read_bytes / samples[_READ].median / 1e9
+            loads = with_loads(kind)
+            return figures.RowLimits(read, rate(kind), kind, rate(loads) if loads else None)
+
+        return [(samples[label], limits_of(kind)) for label, kind in kinds.items()]
 
 
 def _may_use_tiles(kernel: peers.Kernel) -> bool:

@@ -51,6 +51,8 @@ COLUMNS = (
     Column("%dot", lambda row: percent(row.dot_fraction)),
     Column("%roof", lambda row: percent(row.roofline_fraction)),
 )
+LOADS = Column("%loads", lambda row: percent(row.loads_fraction or 0.0))
+"""After "%dot", where that is measured."""
 _QUIET = 0.1
 """Largest change of a limit over a run whose figures can be quoted."""
 
@@ -88,8 +90,15 @@ def columns_for(rows: list[Figures]) -> tuple[Column, ...]:
     with."""
     names = dict.fromkeys(name for row in rows for name in row.speedups if name != OURS)
     unit = flops_unit(rows[0])
-    own = (replace(column, title=unit) if column.title == FLOPS else column for column in COLUMNS)
+    own = [replace(column, title=unit) if column.title == FLOPS else column for column in COLUMNS]
+    if has_loads(rows):
+        own.insert(len(own) - 1, LOADS)
     return (*batch_columns(rows[0]), *own, *(_speedup_column(name) for name in names))
+
+
+def has_loads(rows: list[Figures]) -> bool:
+    """Whether the rows' limits include products with their loads."""
+    return any(row.loads_fraction is not None for row in rows)
 
 
 def batch_columns(row: Figures) -> tuple[Column, ...]:
