@@ -27,7 +27,7 @@ TOOL := "$(PYTHON)" -m tools
 # Python files that are not below the package: the linter sees them too.
 SOURCES := vllm_plugin_tm tools tests benchmarks examples csrc
 
-.PHONY: help setup setup-test demo demo-online serve test test-fast lint wheel upstream-test compat bench \
+.PHONY: help setup setup-test demo demo-online serve test test-fast processors lint wheel upstream-test compat bench \
 	cuda readme clean
 
 help: ## this list
@@ -54,6 +54,10 @@ test: setup-test ## set up, lint, and run the whole suite, a real server include
 
 test-fast: setup-test ## the tests that take seconds
 	@$(PYTEST) -m "not slow" $(ARGS)
+
+processors: setup-test ## the tests that depend on the processor, on every lesser one
+	@for name in $$(PYTHONPATH=tests/child_site $(PY) -m lesser_processor); do \
+		echo "==> $$name"; TESTS_PROCESSOR=$$name $(PYTEST) -m processor $(ARGS) || exit 1; done
 
 lint: setup-test ## ruff and mypy; warnings are errors
 	@$(RUFF)

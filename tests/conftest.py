@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests share: a clean set of our variables, an upstream without AMX, the repository's
-root."""
+"""What all tests share: a clean set of our variables, a vLLM without AMX or a lesser processor, the
+repository's root."""
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,16 +16,34 @@ _CHILD_SITE = Path(__file__).with_name("child_site")
 
 
 def pytest_configure() -> None:
-    """Hides AMX from torch, here and in children: child_site says why."""
-    if "amx_tile" not in Path("/proc/cpuinfo").read_text().split():
+    """Hides from torch, here and in children, what child_site says."""
+    sys.path.append(str(_CHILD_SITE))
+    from child_site.sitecustomize import AfterImport, functions
+    from lesser_processor import hide, named
+
+    try:
+        processor = named(os.environ)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+    if processor is None and "amx_tile" not in Path("/proc/cpuinfo").read_text().split():
         return
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    if str(_CHILD_SITE) not in paths:  # workers of xdist have it from their parent
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(_CHILD_SITE), *filter(None, paths)])
-    import torch
-    from child_site import sitecustomize
+    if str(_CHILD_SITE) in paths:  # workers of xdist have it from their parent
+        return
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(_CHILD_SITE), *filter(None, paths)])
+    if processor is not None:
+        hide(processor)
+    AfterImport.install(functions(processor))
 
-    sitecustomize.hide_amx(torch.cpu)
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests whose expectations depend on the processor."""
+    from lesser_processor import TESTS
+
+    marked = {Path(__file__).parent / file for file in TESTS}
+    for item in items:
+        if item.path in marked:
+            item.add_marker("processor")
 
 
 def pytest_collection_finish() -> None:

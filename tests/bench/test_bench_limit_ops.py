@@ -44,7 +44,8 @@ def test_work_done_is_counted(kind):
     if "avx512bf16" in ops.cpu_isas() and kind == "bf16":
         assert once == 10 * 16 * 32  # rounds, independent instructions, products of each
     if kind.startswith("amx"):
-        assert (once > 0) == ("amx" in ops.cpu_isas())
+        # As the extension sees the processor, whatever the tests are made to believe.
+        assert (once > 0) == ("amx" in torch.ops.vllm_plugin_tm.cpu_isas().split(","))
 
 
 def test_unknown_kind_is_named():

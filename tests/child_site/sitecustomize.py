@@ -2,9 +2,9 @@
 """What the tests' children see differently, in every process that has this folder on PYTHONPATH;
 nothing is changed on disk.
 
-AMX is hidden from torch, and so from upstream's choice of kernels: what upstream runs and refuses
-without us is then the same on every machine. Our kernels ask the processor, and are tested on its
-AMX.
+AMX is hidden from torch, and so from vLLM's choice of kernels: what vLLM runs and refuses without
+the plugin is then the same on every machine. The plugin's kernels ask the processor, and are tested
+on its AMX. lesser_processor.py hides more, from the plugin too, where its variable asks for it.
 
 A torchvision that was built for another torch can be imported. Such a build cannot load its library
 of operators, and then dies describing operators that nobody declared. They are declared here,
@@ -15,10 +15,14 @@ build that fits declares its own, and is left alone.
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from lesser_processor import Processor, hide, limit_plugin, limit_products, limit_torch, named
 
 AMX = ("_is_amx_tile_supported", "_is_amx_fp16_supported")
 """The functions of torch.cpu that tell."""
@@ -65,24 +69,49 @@ def hide_amx(torch_cpu: ModuleType) -> None:
         setattr(torch_cpu, name, lambda: False)
 
 
-class WithTorch(importlib.abc.MetaPathFinder):
-    """Hides AMX when torch.cpu is imported, and only then."""
+class AfterImport(importlib.abc.MetaPathFinder):
+    """Calls a function with a module right after its import, and only then: most processes that
+    Python starts want no torch."""
+
+    def __init__(self, functions: dict[str, Callable[[ModuleType], None]]) -> None:
+        self._functions = functions
+
+    @classmethod
+    def install(cls, functions: dict[str, Callable[[ModuleType], None]]) -> None:
+        """From now on; for what is imported already, at once."""
+        for name in sys.modules.keys() & functions.keys():
+            functions.pop(name)(sys.modules[name])
+        sys.meta_path.insert(0, cls(functions))
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """Where torch.cpu is, with a loader that hides AMX after loading it."""
-        if name != "torch.cpu":
+        """Where the module is, with a loader that calls the function after loading it. Some ask for
+        torch's place without importing it."""
+        function = self._functions.pop(name, None)
+        if function is None:
             return None
-        sys.meta_path.remove(self)
-        found = importlib.machinery.PathFinder.find_spec(name, path)
+        found = importlib.util.find_spec(name)  # by all other finders
+        self._functions[name] = function
         if found is not None and found.loader is not None:
             execute = found.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
+                del self._functions[name]
                 execute(module)
-                hide_amx(module)
+                function(module)
 
             found.loader.exec_module = exec_module  # type: ignore[method-assign]
         return found
+
+
+def functions(processor: Processor | None) -> dict[str, Callable[[ModuleType], None]]:
+    """What is called after the import of which module."""
+    if processor is None:
+        return {"torch.cpu": hide_amx}
+    return {
+        "torch": limit_products,
+        "torch.cpu": lambda module: limit_torch(module, processor),
+        "vllm_plugin_tm.kernels.ops": lambda module: limit_plugin(module, processor),
+    }
 
 
 def _run_the_next() -> None:
@@ -95,5 +124,9 @@ def _run_the_next() -> None:
 
 
 if __name__ == "sitecustomize":
-    sys.meta_path[:0] = [BeforeTorchvision(), WithTorch()]
+    _processor = named(os.environ)
+    if _processor is not None:
+        hide(_processor)
+    sys.meta_path.insert(0, BeforeTorchvision())
+    AfterImport.install(functions(_processor))
     _run_the_next()
