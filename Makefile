@@ -27,7 +27,7 @@ TOOL := "$(PYTHON)" -m tools
 # Python files that are not below the package: the linter sees them too.
 SOURCES := vllm_plugin_tm tools tests benchmarks examples csrc
 
-.PHONY: help setup setup-test demo demo-online serve test test-fast processors lint wheel upstream-test compat bench \
+.PHONY: help setup setup-test demo demo-online serve test test-fast processors lint wheel upstream-test versions compat bench \
 	cuda readme clean
 
 help: ## this list
@@ -68,6 +68,9 @@ wheel: setup ## build dist/*.whl against the torch in .venv
 
 upstream-test: setup-test ## vLLM's own tests, with the switch off and on
 	@exec $(PY) tools/upstream_test.py $(ARGS)
+
+versions: setup-test ## models on every vLLM that the package names, switch on and off
+	@exec $(PY) -m tools.vllm_versions $(ARGS)
 
 compat: setup-test ## every patched symbol against the sources of several vLLM versions
 	@exec $(PY) tools/compat.py $(ARGS)

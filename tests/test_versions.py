@@ -22,5 +22,13 @@ def test_tested_versions_are_silent_and_others_are_not():
     assert "0.32.0" in warning
 
 
-def test_tested_versions_are_among_those_with_contract_tests():
-    assert set(versions.TESTED_VLLM) <= set(versions.COMPAT_VLLM)
+def test_the_installed_version_is_a_tested_one():
+    assert versions.INSTALLED_VLLM in versions.TESTED_VLLM
+
+
+@pytest.mark.parametrize(
+    ("version", "old"),
+    [("0.27.1", True), ("0.28.0+cpu", False), ("0.9.2", True), ("1.0", False), ("dev", False)],
+)
+def test_too_old(version, old):
+    assert versions.is_too_old(version) is old

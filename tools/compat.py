@@ -16,7 +16,7 @@ from tools import package_index
 from tools.layout import BUILD, ROOT
 from tools.python_source import SourceTree
 from vllm_plugin_tm.patch.table import accepts, all_expectations
-from vllm_plugin_tm.versions import COMPAT_VLLM
+from vllm_plugin_tm.versions import TESTED_VLLM
 
 CACHE = BUILD / "compat"
 MISSING = "nothing"
@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status 0: every version satisfies every expectation; 1: one does not; 2: the sources
     could not be had."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("versions", nargs="*", default=list(COMPAT_VLLM), help="vLLM releases")
+    parser.add_argument("versions", nargs="*", default=list(TESTED_VLLM), help="vLLM releases")
     versions = parser.parse_args(arguments).versions
     wanted = expectations()
     cells: list[Cell] = []

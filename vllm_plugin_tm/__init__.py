@@ -30,7 +30,10 @@ def register() -> None:
         return
     envs.validate()
     _make_known(tuple(variable.name for variable in envs.VARIABLES))
-    _warn_of_version()
+    from vllm_plugin_tm import installation
+
+    for warning in installation.warnings():
+        logger.warning("%s", warning)
     if _usable():
         from vllm_plugin_tm.patch import apply
 
@@ -51,16 +54,6 @@ def _make_known(names: tuple[str, ...]) -> None:
             vllm.envs.environment_variables[name] = partial(envs.text, name)
 
 
-def _warn_of_version() -> None:
-    import vllm
-
-    from vllm_plugin_tm import versions
-
-    warning = versions.vllm_warning(vllm.__version__)
-    if warning:
-        logger.warning("%s", warning)
-
-
 def _usable() -> bool:
     """Whether this platform and processor can run our kernels; sets device and instruction set."""
     from vllm.platforms import current_platform
@@ -72,8 +65,14 @@ def _usable() -> bool:
         )
         return False
 
+    from vllm_plugin_tm import installation
     from vllm_plugin_tm.kernels import ops
 
+    if current_platform.is_cpu():
+        try:
+            installation.check_extension()
+        except installation.UnfitError as error:
+            raise ActivationError(str(error)) from error
     try:
         ops.load()
     except ops.ExtensionMissingError as error:

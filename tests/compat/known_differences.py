@@ -16,9 +16,23 @@ _SYMMETRIC_WNA8_INT = (
     " quant_format='pack-quantized')"
 )
 
+# What 0.33 changed.
+_BEFORE_0_33 = {
+    f"{_LINEAR}:init_int8_linear_kernel": (
+        "(is_channelwise, is_static_input_scheme, input_symmetric, module_name)"
+    ),
+    f"{_LINEAR}:Int8ScaledMMLinearLayerConfig": (
+        "(is_static_input_scheme, is_channelwise, input_symmetric)"
+    ),
+    "vllm.model_executor.utils:replace_parameter": (
+        "(layer, param_name, new_tensor, prefer_copy=False)"
+    ),
+}
+
 # Older forms that the patch table accepts: version -> symbol -> signature found.
 ACCEPTED: dict[str, dict[str, str]] = {
     "0.28.0": {
+        **_BEFORE_0_33,
         # has_g_idx went in 0.30, when runtime activation reordering was dropped.
         f"{_LINEAR}:MPLinearLayerConfig": (
             "(full_weight_shape, partition_weight_shape, weight_type, act_type, group_size,"
@@ -30,7 +44,9 @@ ACCEPTED: dict[str, dict[str, str]] = {
         ),
         _WNA8_INT: _SYMMETRIC_WNA8_INT,
     },
-    "0.30.0": {_WNA8_INT: _SYMMETRIC_WNA8_INT},
+    "0.30.0": {**_BEFORE_0_33, _WNA8_INT: _SYMMETRIC_WNA8_INT},
+    "0.31.0": _BEFORE_0_33,
+    "0.32.0": _BEFORE_0_33,
 }
 ACCEPTED["0.27.1"] = ACCEPTED["0.28.0"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from vllm_plugin_tm import envs, versions
+from vllm_plugin_tm import envs, installation
 from vllm_plugin_tm.kernels import ops
 from vllm_plugin_tm.quantization import support_matrix
 from vllm_plugin_tm.quantization.online.options import HEAD_SCHEMES, KEY, LM_HEAD
@@ -102,9 +102,9 @@ def _vllm_version() -> Check:
         import vllm
     except ImportError as error:
         return Check("vllm", "fail", f"cannot be imported: {error}")
-    warning = versions.vllm_warning(vllm.__version__)
-    if warning:
-        return Check("vllm", "warn", warning)
+    warnings = installation.warnings()
+    if warnings:
+        return Check("vllm", "warn", " ".join(warnings))
     return Check("vllm", "ok", f"{vllm.__version__}, tested")
 
 

@@ -9,6 +9,7 @@ from typing import Protocol, cast
 
 from vllm_plugin_tm import machine
 from vllm_plugin_tm.patch.table import CONTRACTS, PATCHES, Patch, accepts
+from vllm_plugin_tm.versions import is_too_old
 
 
 class PatchError(RuntimeError):
@@ -56,6 +57,12 @@ def apply() -> None:
     problems += _problems(CONTRACTS)
     if problems:
         tested = ", ".join(PATCHES[0].tested)
+        version = importlib.import_module("vllm").__version__
+        if is_too_old(version):
+            raise PatchError(
+                f"vLLM {version} is too old for vllm-plugin-tm, nothing was changed: expected one "
+                f"of {tested}. VLLM_PLUGIN_TM=0 runs vLLM without the plugin."
+            )
         raise PatchError(
             "this vLLM is not as vllm-plugin-tm expects it, nothing was changed:\n  "
             + "\n  ".join(problems)

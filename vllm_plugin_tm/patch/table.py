@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from vllm_plugin_tm.versions import COMPAT_VLLM
+from vllm_plugin_tm.versions import TESTED_VLLM
 
 _LINEAR = "vllm.model_executor.kernels.linear"
 _LOADER = "vllm.model_executor.model_loader"
@@ -75,7 +75,7 @@ PATCHES: tuple[Patch, ...] = (
             f"{_LINEAR}:MPLinearKernel.process_weights_after_loading": "(self, layer)",
             f"{_LINEAR}:MPLinearKernel.apply_weights": "(self, layer, x, bias=None)",
         },
-        tested=COMPAT_VLLM,
+        tested=TESTED_VLLM,
         delete_when="register_linear_kernel can put a kernel before the in-tree ones",
         devices=_ALL,
     ),
@@ -88,16 +88,19 @@ PATCHES: tuple[Patch, ...] = (
         expects={
             f"{_LINEAR}:_POSSIBLE_INT8_KERNELS": "dict",
             f"{_LINEAR}:init_int8_linear_kernel": (
-                "(is_channelwise, is_static_input_scheme, input_symmetric, module_name)"
+                "(is_channelwise, is_static_input_scheme, input_symmetric, module_name,"
+                " is_fused_module=False)"
+                " | (is_channelwise, is_static_input_scheme, input_symmetric, module_name)"
             ),
             f"{_LINEAR}:Int8ScaledMMLinearLayerConfig": (
-                "(is_static_input_scheme, is_channelwise, input_symmetric)"
+                "(is_static_input_scheme, is_channelwise, input_symmetric, is_fused_module=False)"
+                " | (is_static_input_scheme, is_channelwise, input_symmetric)"
             ),
             f"{_LINEAR}:Int8ScaledMMLinearKernel.__init__": "(self, c, layer_param_names)",
             f"{_LINEAR}:Int8ScaledMMLinearKernel.process_weights_after_loading": "(self, layer)",
             f"{_LINEAR}:Int8ScaledMMLinearKernel.apply_weights": "(self, layer, x, bias=None)",
         },
-        tested=COMPAT_VLLM,
+        tested=TESTED_VLLM,
         delete_when="register_linear_kernel can put a kernel before the in-tree ones",
         devices=_ALL,
     ),
@@ -146,7 +149,7 @@ PATCHES: tuple[Patch, ...] = (
             f"{_LINEAR}:MxFp4LinearKernel.apply_weights": "(self, layer, x, bias=None)",
             f"{_LINEAR}:MarlinNvFp4LinearKernel": "(config)",
         },
-        tested=COMPAT_VLLM,
+        tested=TESTED_VLLM,
         delete_when="register_linear_kernel can put a kernel before the in-tree ones",
     ),
     Patch(
@@ -180,7 +183,7 @@ PATCHES: tuple[Patch, ...] = (
             f"{_CT}:CompressedTensorsW4A4Fp4": "(use_a16=False)",
             f"{_CT}:CompressedTensorsW4A4Fp4.process_weights_after_loading": "(self, layer)",
         },
-        tested=COMPAT_VLLM,
+        tested=TESTED_VLLM,
         delete_when="kernels see a checkpoint's tensors before any other code",
     ),
     Patch(
@@ -204,7 +207,7 @@ PATCHES: tuple[Patch, ...] = (
             ),
             f"{_QUANTIZATION}.auto_awq:AutoAWQMarlinLinearMethod": "(quant_config)",
         },
-        tested=COMPAT_VLLM,
+        tested=TESTED_VLLM,
         delete_when="upstream asks the kernels of the platform, and for what the files hold",
     ),
     Patch(
@@ -271,7 +274,7 @@ PATCHES: tuple[Patch, ...] = (
                 ("apply", _MOE_APPLY),
             )
         },
-        tested=COMPAT_VLLM,
+        tested=TESTED_VLLM,
         delete_when="methods for routed experts choose kernels from a list that can be added to",
         devices=_ALL,
     ),
@@ -293,7 +296,7 @@ PATCHES: tuple[Patch, ...] = (
                 " output_size, params_dtype, **extra_weight_attrs)"
             ),
         },
-        tested=COMPAT_VLLM,
+        tested=TESTED_VLLM,
         delete_when="upstream has online integer schemes whose kernels come from its lists",
         devices=_ALL,
     ),
@@ -331,7 +334,7 @@ PATCHES: tuple[Patch, ...] = (
             f"{_VOCABULARY}:UnquantizedEmbeddingMethod.apply": "(self, layer, x, bias=None)",
             f"{_VOCABULARY}:UnquantizedEmbeddingMethod.embedding": "(self, layer, input_)",
         },
-        tested=COMPAT_VLLM,
+        tested=TESTED_VLLM,
         delete_when="upstream tracks the loading of quantized models by default and names the file",
         devices=_ALL,
     ),
@@ -355,7 +358,7 @@ PATCHES: tuple[Patch, ...] = (
             f"{_LOADER}.reload.layerwise:finalize_layerwise_reload": "(*args, **kwargs)",
             f"{_LOADER}.reload.layerwise:get_layerwise_info": "(layer)",
         },
-        tested=COMPAT_VLLM,
+        tested=TESTED_VLLM,
         delete_when="upstream has a backend for weights in a CPU's memory or in files",
         devices=_ALL,
     ),
@@ -384,7 +387,7 @@ PATCHES: tuple[Patch, ...] = (
                 "(self, weights_iterator=None, weights_path=None, is_checkpoint_format=True)"
             ),
         },
-        tested=COMPAT_VLLM,
+        tested=TESTED_VLLM,
         delete_when="a failed reload of upstream's leaves the old weights in place",
         devices=_ALL,
     ),
@@ -408,7 +411,7 @@ CONTRACTS: Mapping[str, str] = {
     "vllm.envs:environment_variables": "dict",
     "vllm.plugins:load_general_plugins": "()",
     "vllm.model_executor.utils:replace_parameter": (
-        "(layer, param_name, new_tensor, prefer_copy=False)"
+        "(layer, param_name, new_tensor) | (layer, param_name, new_tensor, prefer_copy=False)"
     ),
 }
 """What else of upstream our code calls or writes, beyond the patches' own expectations."""

@@ -3,6 +3,9 @@
 upstream have it, then send its weights and activations to a TMExpertsKernel."""
 
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -98,9 +101,47 @@ class TMExpertsMethod:
         return self.kernel.apply(layer, x, topk_weights, topk_ids)
 
     @property
+    def is_monolithic(self) -> bool:
+        """Whether the method chooses a token's experts itself. vLLM 0.28 has no router for CPUs."""
+        if self.kernel is None:
+            return super().is_monolithic  # type: ignore[misc]
+        return machine.device() == "cpu" and not _has_cpu_router()
+
+    def apply_monolithic(
+        self,
+        layer: Any,
+        x: Tensor,
+        router_logits: Tensor,
+        input_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Chooses the experts as vLLM 0.28's own CPU experts do, then computes them."""
+        if self.kernel is None:
+            return super().apply_monolithic(layer, x, router_logits, input_ids)  # type: ignore[misc]
+        module = import_module("vllm.model_executor.layers.fused_moe.experts.cpu_moe")
+        topk_weights, topk_ids = module.select_experts(
+            hidden_states=x,
+            router_logits=router_logits,
+            top_k=layer.top_k,
+            use_grouped_topk=layer.use_grouped_topk,
+            renormalize=layer.renormalize,
+            topk_group=layer.topk_group,
+            num_expert_group=layer.num_expert_group,
+            custom_routing_function=layer.custom_routing_function,
+            scoring_func=layer.scoring_func,
+            routed_scaling_factor=layer.routed_scaling_factor,
+            e_score_correction_bias=layer.e_score_correction_bias,
+        )
+        return self.kernel.apply(layer, x, topk_weights, topk_ids)
+
+    @property
     def supports_eplb(self) -> bool:
         """Experts that move between ranks would have to be packed again."""
         return False if self.kernel is not None else super().supports_eplb  # type: ignore[misc]
+
+
+@cache
+def _has_cpu_router() -> bool:
+    return find_spec("vllm.model_executor.layers.fused_moe.router.cpu_router") is not None
 
 
 def _refusal(wanted: MoeRequest) -> str | None:

@@ -37,8 +37,11 @@ class TMWNA16Experts(TMCompressedTensorsExperts):
     """Mixed in before CompressedTensorsWNA16MoEMethod."""
 
     names = Names("weight_packed", "weight_scale", "weight_zero_point")
+    moe: Any  # set by vLLM's base class
 
     def _request(self, weight_quant: Any, input_quant: Any, moe: Any) -> MoeRequest | str:
+        if weight_quant.actorder == "group":  # vLLM from 0.30 on refuses it before
+            return "activation order (g_idx) not supported, only groups of neighbours are"
         return request_of(weight_quant, input_quant, moe)
 
     def _adopt(self, weight_quant: Any, moe: Any) -> None:
@@ -46,6 +49,35 @@ class TMWNA16Experts(TMCompressedTensorsExperts):
         self.packed_factor = Fraction(WORD_BITS, self.num_bits)
         self.strategy = weight_quant.strategy
         self.group_size = -1 if weight_quant.group_size is None else weight_quant.group_size
+        # Read by vLLM up to 0.30, and by 0.28.
+        self.is_transposed, self.actorder = False, weight_quant.actorder
+
+    def get_weight_shape(
+        self,
+        weight_name: str,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        num_groups_w2: int | None = None,
+        num_groups_w13: int | None = None,
+    ) -> tuple[int, int, int]:
+        """Shape of a checkpoint's tensor, [experts, N, K] in words or groups. vLLM up to 0.30 knows
+        this order for symmetric weights only."""
+        if self.kernel is None:
+            sizes = (num_experts, hidden_size, intermediate_size_per_partition)
+            both = (num_groups_w2, num_groups_w13)
+            return super().get_weight_shape(weight_name, *sizes, *both)  # type: ignore[misc]
+        product, _, part = weight_name.partition("_")
+        gate_up = intermediate_size_per_partition * (2 if self.moe.is_act_and_mul else 1)
+        n, k, groups = (
+            (gate_up, hidden_size, num_groups_w13)
+            if product == "w13"
+            else (hidden_size, intermediate_size_per_partition, num_groups_w2)
+        )
+        if part == "weight":
+            return num_experts, n, int(k // self.packed_factor)
+        assert groups is not None
+        return num_experts, n if part == "scale" else int(n // self.packed_factor), groups
 
 
 class TMExpertsChoice:
@@ -61,7 +93,9 @@ class TMExpertsChoice:
         scheme = quant_config.get_scheme_dict(layer, f"{layer_name}.0.{layer.ckpt_gate_proj_name}")
         if scheme and scheme.get("format") == _PACKED:
             arguments = (scheme.get("weights"), scheme.get("input_activations"))
-            if quant_config._is_dynamic_token_w4a8_int(*arguments) and arguments[1].symmetric:
+            # vLLM 0.28 and 0.30 answer only where both exist.
+            rounded = None not in arguments and quant_config._is_dynamic_token_w4a8_int(*arguments)
+            if rounded and arguments[1].symmetric:
                 wanted = request_of(*arguments, layer.moe_config)
                 if check_moe(wanted, machine.detect(), envs.schemes()).ok:
                     module, name = _METHOD
