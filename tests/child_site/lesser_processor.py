@@ -11,6 +11,7 @@ import builtins
 import functools
 import io
 import os
+import tempfile
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -113,8 +114,14 @@ def named(environment: MutableMapping[str, str]) -> Processor | None:
 
 def hide(processor: Processor) -> None:
     """Hides what a processor lacks from this process: from readers of /proc/cpuinfo at once, from
-    torch and oneDNN if neither was used yet."""
+    torch and oneDNN if neither was used yet.
+
+    torch finds what it has compiled by its source, not by the processor: what one arm compiled
+    ends a process of another. Each has a cache of its own.
+    """
     os.environ.update(processor.settings)
+    cache = f"torchinductor_{os.getuid()}_{processor.isas[0]}"
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), cache)
     if not hasattr(io.open, "__wrapped__"):  # once, where a parent's process was forked
         builtins.open = io.open = _opening(io.open, processor)
 

@@ -70,7 +70,8 @@ class TMGPTQExperts(TMExpertsMethod):
         wanted = moe_request(moe, scheme, weight_type, False, quant_config.group_size)
         if self._begin(moe, wanted, upstream):
             self.quant_config = quant_config
-            self.input_dtype = None
+            # The class of vLLM's experts is read by vLLM up to 0.30.
+            self.input_dtype = self.experts_cls = None
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Biases that no checkpoint tensor filled are none, as upstream has it."""
