@@ -27,7 +27,8 @@ TOOL := "$(PYTHON)" -m tools
 # Python files that are not below the package: the linter sees them too.
 SOURCES := vllm_plugin_tm tools tests benchmarks examples csrc
 
-.PHONY: help setup setup-test demo demo-online serve test test-fast processors lint wheel upstream-test versions compat bench \
+.PHONY: help setup setup-test demo demo-online serve test test-fast processors lint wheel upstream-test \
+	versions compat bench \
 	cuda readme clean
 
 help: ## this list

@@ -42,9 +42,10 @@ def _versions() -> str:
     """What the last `make versions` ran, a row for each vLLM."""
     results = json.loads(vllm_versions.RESULTS.read_text())
     lines = [
-        f"Models ran on vLLM {_list(versions.TESTED_VLLM)} (`make versions`, {results['date']}, "
-        f"torch {results['torch']}); every symbol that is patched or relied on is checked against",
-        f"their sources (`make compat`). The whole suite runs with {versions.INSTALLED_VLLM}.",
+        f"Models ran on vLLM {_list(versions.TESTED_VLLM)}",
+        f"(`make versions`, {results['date']}, torch {results['torch']}). Every symbol that is",
+        "patched or relied on is checked against their sources (`make compat`). The whole suite",
+        f"runs with {versions.INSTALLED_VLLM}.",
         "",
     ]
     return "\n".join([*lines, vllm_versions.table(results)])

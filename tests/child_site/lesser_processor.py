@@ -12,7 +12,7 @@ import functools
 import io
 import os
 import tempfile
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -162,12 +162,17 @@ def limit_products(torch: ModuleType) -> None:
     torch._scaled_mm = _scaled_mm  # type: ignore[attr-defined]
 
 
-def limit_torch(torch_cpu: ModuleType, processor: Processor) -> None:
-    """Makes torch.cpu say what the processor has."""
+def is_amx(flag: str) -> bool:
+    """Whether a flag is one of AMX."""
+    return flag.startswith("amx")
+
+
+def limit_torch(torch_cpu: ModuleType, hides: Callable[[str], bool]) -> None:
+    """Makes torch.cpu say that the processor lacks what `hides` names."""
     real = torch_cpu.get_capabilities
 
     def get_capabilities() -> dict[str, Any]:
-        return {k: v and not processor.hides(k) for k, v in real().items()}
+        return {k: v and not hides(k) for k, v in real().items()}
 
     torch_cpu.get_capabilities = get_capabilities  # type: ignore[attr-defined]
 

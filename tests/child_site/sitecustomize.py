@@ -22,10 +22,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lesser_processor import Processor, hide, limit_plugin, limit_products, limit_torch, named
-
-AMX = ("_is_amx_tile_supported", "_is_amx_fp16_supported")
-"""The functions of torch.cpu that tell."""
+from lesser_processor import (
+    Processor,
+    hide,
+    is_amx,
+    limit_plugin,
+    limit_products,
+    limit_torch,
+    named,
+)
 
 DESCRIBED = ("nms", "qnms")
 """What torchvision describes at import, all of one signature."""
@@ -61,12 +66,6 @@ def _declare(package: Path) -> None:
     for name in DESCRIBED:
         declarations.define(f"{name}{SIGNATURE}")
     _kept.append(declarations)
-
-
-def hide_amx(torch_cpu: ModuleType) -> None:
-    """Makes torch.cpu say that there is no AMX."""
-    for name in AMX:
-        setattr(torch_cpu, name, lambda: False)
 
 
 class AfterImport(importlib.abc.MetaPathFinder):
@@ -106,10 +105,10 @@ class AfterImport(importlib.abc.MetaPathFinder):
 def functions(processor: Processor | None) -> dict[str, Callable[[ModuleType], None]]:
     """What is called after the import of which module."""
     if processor is None:
-        return {"torch.cpu": hide_amx}
+        return {"torch.cpu": lambda module: limit_torch(module, is_amx)}
     return {
         "torch": limit_products,
-        "torch.cpu": lambda module: limit_torch(module, processor),
+        "torch.cpu": lambda module: limit_torch(module, processor.hides),
         "vllm_plugin_tm.kernels.ops": lambda module: limit_plugin(module, processor),
     }
 

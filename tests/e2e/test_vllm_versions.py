@@ -88,7 +88,8 @@ def _distance(result: dict[str, Any], checkpoint: Path, answer: int = 0) -> floa
 def _on_tm(result: dict[str, Any]) -> int:
     """How many layers ran on the plugin's kernels."""
     (worker,) = result["workers"]
-    assert not [patch for patch in worker["patches"] if "applied" not in patch]
+    assert worker["patches"]
+    assert not [patch for patch in worker["patches"] if "applied=True" not in patch]
     return sum(count for _, on_tm, count in worker["layers"] if on_tm)
 
 

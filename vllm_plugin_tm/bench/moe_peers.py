@@ -4,8 +4,9 @@ random checkpoint tensors and prepared as they are in service; and the gate befo
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from itertools import cycle
 from typing import Any
 
@@ -129,11 +130,14 @@ class Expected:
     noise: float = 0.0
 
 
-def expected(weights: MoeWeights, checked: Routed, rounding: Rounding) -> Expected:
-    """What a kernel of this rounding is compared with."""
+def expected(
+    weights: MoeWeights, checked: Routed, roundings: Iterable[Rounding]
+) -> dict[Rounding, Expected]:
+    """What a kernel of each rounding is compared with."""
     form = weights.format
     floats, bits = form.facts.floats, form.facts.weight_bits
 
+    @cache
     def result(scheme: str, x_rounding: str = "none") -> Tensor:
         return reference_moe.moe(
             scheme,
@@ -146,12 +150,15 @@ def expected(weights: MoeWeights, checked: Routed, rounding: Rounding) -> Expect
             x_rounding=x_rounding,
         )
 
-    if rounding is Rounding.CHECKPOINT:
-        return Expected(result(_op_name(form), floats.x_rounding if floats else "none"))
-    exact = result(_op_name(form) if floats else f"w{bits}a16")
-    if rounding is Rounding.NONE:
-        return Expected(exact)
-    return Expected(exact, float((result(f"w{bits}a8") - exact).norm() / exact.norm()))
+    def of(rounding: Rounding) -> Expected:
+        if rounding is Rounding.CHECKPOINT:
+            return Expected(result(_op_name(form), *([floats.x_rounding] if floats else [])))
+        exact = result(_op_name(form) if floats else f"w{bits}a16")
+        if rounding is Rounding.NONE:
+            return Expected(exact)
+        return Expected(exact, float((result(f"w{bits}a8") - exact).norm() / exact.norm()))
+
+    return {rounding: of(rounding) for rounding in roundings}
 
 
 def check(peer: MoePeer, calls: tuple[Routed, ...], wanted: Expected) -> float:

@@ -65,9 +65,9 @@ def _measure_layer(
     checked = checked_token(layer, form.dtype)
     # Before the kernels have their copies: the oracle takes gigabytes for a large expert.
     roundings = {our_rounding(form), Rounding.NONE}
-    if UPSTREAM in plan.kernels and form.scheme in moe_upstream.SCHEMES:
+    if UPSTREAM in plan.kernels and moe_upstream.may_run(form):
         roundings.add(Rounding.OWN)
-    wanted = {rounding: moe_peers.expected(weights, checked, rounding) for rounding in roundings}
+    wanted = moe_peers.expected(weights, checked, roundings)
     everyone = list(run.available(_makers(plan, weights, run.llc_bytes)))
     # Four tokens for each expert at random: one in fifty stays without.
     many = replace(cases[0], m=4 * layer.experts // layer.top_k)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_plugin_tm.bench.cases import UPSTREAM, UPSTREAM_BF16
+from vllm_plugin_tm.bench.cases import UPSTREAM, UPSTREAM_BF16, Format
 from vllm_plugin_tm.bench.moe_peers import Apply, MoePeer
 from vllm_plugin_tm.bench.moe_weights import MoeWeights, Routed
 from vllm_plugin_tm.bench.peers import Rounding, UnavailableError
@@ -16,6 +16,11 @@ from vllm_plugin_tm.bench.weights import Weights, repeated, tensor_bytes
 SCHEMES = ("w4a16", "w8a8")
 """Those of `upstream`."""
 _MULTIPLE = 32  # of both sizes; the classes of other schemes look, that of W4A16 does not
+
+
+def may_run(form: Format) -> bool:
+    """Whether `upstream` has a kernel for a format here, if vLLM is installed."""
+    return form.scheme in SCHEMES and form.symmetric and torch.cpu._is_amx_tile_supported()
 
 
 def upstream(weights: MoeWeights, llc_bytes: int) -> MoePeer:
@@ -29,7 +34,7 @@ def upstream(weights: MoeWeights, llc_bytes: int) -> MoePeer:
     what = f"{UPSTREAM}: experts of {form.facts.title}"
     if form.scheme not in SCHEMES or not form.symmetric:
         raise UnavailableError(
-            f"{what}: vLLM has no such kernel for an x86 CPU, or it is not measured"
+            f"{what}: of vLLM's experts symmetric {' and '.join(SCHEMES)} are measured"
         )
     if form.dtype != "bf16":
         raise UnavailableError(f"{what}: measured with activations in bf16 only")
@@ -89,10 +94,8 @@ def upstream(weights: MoeWeights, llc_bytes: int) -> MoePeer:
 
     copies = [first, *repeated(twin, size, llc_bytes)]
     applies = tuple(apply(copy) for copy in copies)
-    rounding = Rounding.OWN
-    return MoePeer(
-        UPSTREAM, "", weights, size / layer.experts, applies, rounding, rounds_between=True
-    )
+    per_expert = size / layer.experts
+    return MoePeer(UPSTREAM, "", weights, per_expert, applies, Rounding.OWN, rounds_between=True)
 
 
 def upstream_bf16(weights: MoeWeights, llc_bytes: int) -> MoePeer:

@@ -28,6 +28,10 @@ def percent(fraction: float) -> str:
     return f"{fraction * 100:.0f} %"
 
 
+def _percent_or_none(fraction: float | None) -> str:
+    return "" if fraction is None else percent(fraction)
+
+
 def times(factor: float | None) -> str:
     """5.127 -> "5.13x", "" for None."""
     return "" if factor is None else f"{factor:.2f}x"
@@ -51,7 +55,7 @@ COLUMNS = (
     Column("%dot", lambda row: percent(row.dot_fraction)),
     Column("%roof", lambda row: percent(row.roofline_fraction)),
 )
-LOADS = Column("%loads", lambda row: percent(row.loads_fraction or 0.0))
+LOADS = Column("%loads", lambda row: _percent_or_none(row.loads_fraction))
 """After "%dot", where that is measured."""
 _QUIET = 0.1
 """Largest change of a limit over a run whose figures can be quoted."""
